@@ -1,0 +1,341 @@
+"""Data: a Minari dataset -> flat tensors -> windows; a text -> tokens -> blocks.
+
+Trajectories. All transitions of all episodes stand end to end in a few tensors on the training
+device, and each transition knows where its episode ends. A batch of windows is then one tensor of
+indices: no Python per sample. Drawing a window's first step uniformly over transitions is what the
+Decision Transformer does in two draws, an episode in proportion to its length, then a place in it.
+
+Text. A file is tokenised once into a file of 16-bit tokens, kept in a cache and memory-mapped.
+"""
+
+import hashlib
+import json
+import os
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from plumbing import UserError, network_available, write_atomically
+
+BUNDLED = Path(__file__).parent / "assets" / "minari"  # datasets that come with the project
+WIKITEXT = "Salesforce/wikitext"  # on the hub: WikiText-103 (Merity et al. 2017), raw, CC BY-SA
+WIKITEXT_FILES = [f"wikitext-103-raw-v1/train-0000{i}-of-00002.parquet" for i in range(2)]
+CHUNK = 1 << 20  # characters tokenised at a time
+
+
+# --- trajectories --------------------------------------------------------------------------------
+
+
+@dataclass
+class Trajectories:
+    """N transitions of E episodes, end to end, on one device."""
+
+    obs: torch.Tensor  # (N, O) float32, normalised: (observation - obs_mean) / obs_std
+    act: torch.Tensor  # (N, A) float32
+    rtg: torch.Tensor  # (N, 1) float32, sum of rewards from here to the episode's end, / scale
+    timestep: torch.Tensor  # (N,) int64, 0 at an episode's start
+    end: torch.Tensor  # (N,) int64, index one past the last transition of the same episode
+    obs_mean: torch.Tensor  # (O,) of the transitions in use
+    obs_std: torch.Tensor  # (O,) likewise, + 1e-6
+    returns: np.ndarray  # (E,) undiscounted, undivided
+    lengths: np.ndarray  # (E,) transitions
+
+    def __len__(self):
+        return len(self.obs)
+
+
+def find_dataset(task, ratio, name="auto"):
+    """The Minari dataset to train on: found, fetched, or the bundled one.
+
+    task: a row of tasks.TASKS; ratio: the share of the full dataset wanted, in (0, 1]; name: a
+    Minari id or a folder, which is found, fetched or an error, or "auto": in this
+    order the task's dataset in Minari's folder, its download, the set experiments/collect.py
+    records, and, for ratios that it can serve, the bundled part of that.
+    Returns (MinariDataset, share, note): share is how much of the full dataset it holds, note one
+    line that says what was taken and why.
+    Raises UserError, naming the command that would help, if there is none.
+    """
+    import minari
+
+    def read(folder):
+        try:
+            return minari.MinariDataset(Path(folder) / "data")
+        except Exception as error:  # Minari and h5py raise many kinds for a damaged dataset
+            reason = str(error).strip().splitlines() or [type(error).__name__]
+            raise UserError(f"{folder} is no readable Minari dataset: {reason[0]}") from error
+
+    local = Path(os.environ.get("MINARI_DATASETS_PATH") or Path.home() / ".minari" / "datasets")
+    named = name != "auto"
+    wanted = name if named else task.dataset
+    if named and (Path(name) / "data").is_dir():
+        return read(name), 1.0, f"{name}, as asked"
+    if (local / wanted / "data").is_dir():
+        return read(local / wanted), 1.0, f"{wanted} from {local}"
+    if network_available():
+        try:
+            minari.download_dataset(wanted)
+            return read(local / wanted), 1.0, f"{wanted}, downloaded to {local}"
+        except Exception as error:  # the hub's, Minari's and the disk's errors alike
+            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            why = f"{wanted} could not be downloaded ({reason})"
+    else:
+        why = f"{wanted} is not in {local} and there is no network"
+    if named:
+        raise UserError(
+            f"{why}; run `minari download {name}` where there is a network and copy the folder to "
+            f"{local / name}, or give a dataset's folder: --dataset FOLDER"
+        )
+    if (local / task.collected / "data").is_dir():
+        return read(local / task.collected), 1.0, f"{task.collected} from {local}, since {why}"
+    bundled = BUNDLED / task.bundled
+    share = json.loads((bundled / "about.json").read_text())["share"]
+    if ratio > share:
+        raise UserError(
+            f"{why}, and the bundled part serves ratios up to {share:g}, not {ratio:g}; use "
+            f"--ratio {share:g}, or record the full set: {task.collect_command}"
+        )
+    return read(bundled), share, f"the bundled {task.bundled} ({share:.0%} of a set), since {why}"
+
+
+def returns_to_go(rewards, delayed=False):
+    """Sum of rewards from each step to the end: (T,) -> (T,). Delayed: all reward comes last."""
+    if delayed:
+        return np.full_like(rewards, rewards.sum())
+    return rewards[::-1].cumsum()[::-1].copy()
+
+
+def load_trajectories(
+    dataset, observation_space, action_space, scale, ratio=1.0, mode="normal", seed=0, device="cpu"
+):
+    """Read episodes of a Minari dataset into flat tensors.
+
+    dataset: minari.MinariDataset; the spaces are the environment's, to check against; scale: what
+    returns-to-go are divided by; ratio: share of this dataset's episodes to keep, int(ratio * E)
+    and at least one, drawn without replacement by the seed (paper, section 5.1); mode "normal" or
+    "delayed", where an episode's whole reward comes at its last step (section 5, sparse MuJoCo).
+    Raises UserError if shapes or spaces differ, if values are not finite, or an episode is empty.
+    """
+    what = f"dataset {dataset.spec.dataset_id}"
+    for kind, ours, theirs in (
+        ("observation", observation_space, dataset.observation_space),
+        ("action", action_space, dataset.action_space),
+    ):
+        if type(ours) is not type(theirs) or ours.shape != theirs.shape:
+            raise UserError(f"{what} does not fit: its {kind}s are {theirs}, the env's are {ours}")
+    E = dataset.total_episodes
+    if E == 0:
+        raise UserError(f"{what} holds no episode")
+    keep = max(1, int(ratio * E + 1e-9))  # 1e-9: 0.29 * 100 is 28.999999999999996
+    chosen = np.sort(np.random.default_rng(seed).choice(E, keep, replace=False))
+    obs, act, rtg, timestep, end, returns, lengths = [], [], [], [], [], [], []
+    n = 0
+    for i, episode in zip(chosen.tolist(), dataset.iterate_episodes(chosen), strict=True):
+        T = len(episode.rewards)
+        if T == 0:
+            raise UserError(f"{what}: episode {i} is empty")
+        o, a, r = (np.asarray(x) for x in (episode.observations, episode.actions, episode.rewards))
+        if o.shape != (T + 1, *observation_space.shape) or a.shape != (T, *action_space.shape):
+            raise UserError(
+                f"{what}: episode {i} has {T} rewards, but observations {o.shape} and actions "
+                f"{a.shape}; expected {(T + 1, *observation_space.shape)} and "
+                f"{(T, *action_space.shape)}"
+            )
+        for kind, values in (("observation", o), ("action", a), ("reward", r)):
+            if not np.isfinite(values).all():
+                raise UserError(f"{what}: episode {i} has a NaN or infinite {kind}")
+        n += T
+        obs.append(o[:T])  # the last observation has no action
+        act.append(a)
+        rtg.append(returns_to_go(r.astype(np.float64), mode == "delayed"))
+        timestep.append(np.arange(T))
+        end.append(np.full(T, n))
+        returns.append(r.sum())
+        lengths.append(T)
+
+    observations = np.concatenate(obs).astype(np.float64)  # (N, O)
+    mean, std = observations.mean(0), observations.std(0) + 1e-6
+
+    def tensor(x, dtype=torch.float32):
+        return torch.as_tensor(x).to(device, dtype)
+
+    return Trajectories(
+        obs=tensor((observations - mean) / std),
+        act=tensor(np.concatenate(act)),
+        rtg=tensor(np.concatenate(rtg) / scale)[:, None],
+        timestep=tensor(np.concatenate(timestep), torch.int64),
+        end=tensor(np.concatenate(end), torch.int64),
+        obs_mean=tensor(mean),
+        obs_std=tensor(std),
+        returns=np.array(returns),
+        lengths=np.array(lengths),
+    )
+
+
+def sample_windows(data, batch, context, generator):
+    """A batch of windows of up to `context` consecutive steps, each within one episode.
+
+    The first step is uniform over all transitions. A window that meets its episode's end is padded
+    on the right with repeats of the last step. generator: a torch.Generator on the data's device.
+    Returns rtg (B, K, 1), obs (B, K, O), act (B, K, A), timestep (B, K) and valid (B, K) bool.
+    """
+    device = data.obs.device
+    start = torch.randint(len(data), (batch,), generator=generator, device=device)
+    index = start[:, None] + torch.arange(context, device=device)  # (B, K)
+    end = data.end[start][:, None]  # (B, 1)
+    valid = index < end
+    index = torch.minimum(index, end - 1)
+    return data.rtg[index], data.obs[index], data.act[index], data.timestep[index], valid
+
+
+# --- text ----------------------------------------------------------------------------------------
+
+
+def cache_folder():
+    """Where texts and tokens are kept: LAMO_CACHE, else XDG's cache folder, else ~/.cache/lamo."""
+    if os.environ.get("LAMO_CACHE"):
+        return Path(os.environ["LAMO_CACHE"])
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lamo"
+
+
+def get_encoding(vocab_size):
+    """The tiktoken.Encoding of a model with this many tokens: GPT-2's BPE (50257) or bytes (257).
+
+    Raises UserError for another vocabulary, or when GPT-2's BPE files can be neither found nor
+    fetched.
+    """
+    import tiktoken
+
+    if vocab_size == 257:
+        return tiktoken.Encoding(
+            "bytes",
+            pat_str=r"[\s\S]{1,64}",  # a piece only bounds the work at a time: no bytes merge
+            mergeable_ranks={bytes([i]): i for i in range(256)},
+            special_tokens={"<|endoftext|>": 256},
+        )
+    if vocab_size != 50257:
+        raise UserError(
+            f"no tokeniser for a vocabulary of {vocab_size}; known: 50257 (GPT-2), 257 (bytes)"
+        )
+    folder = os.environ.get("TIKTOKEN_CACHE_DIR") or os.environ.get("DATA_GYM_CACHE_DIR")
+    folder = Path(folder or Path(tempfile.gettempdir()) / "data-gym-cache")  # tiktoken's own rule
+    names = (  # tiktoken keeps a file under the SHA-1 of its address: these are vocab.bpe's, ...
+        "6d1cbeee0f20b3d9449abfede4726ed8212e3aee",
+        "6c7ea1a7e38e3a7f062df639a5b80947f075ffe6",  # ... and encoder.json's
+    )
+    advice = f"put tiktoken's files {' and '.join(names)} in a folder and set TIKTOKEN_CACHE_DIR"
+    if not all((folder / name).is_file() for name in names) and not network_available():
+        raise UserError(f"GPT-2's BPE is not in {folder} and there is no network; {advice} to it")
+    try:
+        return tiktoken.get_encoding("gpt2")
+    except Exception as error:  # requests' many kinds; a hash that differs
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise UserError(f"GPT-2's BPE could not be fetched: {reason}; {advice} to it") from error
+
+
+def find_text(corpus, mini):
+    """The text to learn language from.
+
+    corpus: a file, "wikitext" (WikiText-103), "english" (the manual pages every Python has), or
+    "auto": WikiText-103 if cached or reachable, else, for the mini LM, "english". mini:
+    whether the language model is the mini LM. Returns (Path, note), note as in find_dataset.
+    Raises UserError, naming what to do, for what cannot be had.
+    """
+    from huggingface_hub import hf_hub_download, try_to_load_from_cache
+
+    if corpus not in ("auto", "wikitext", "english"):
+        if not Path(corpus).is_file():
+            raise UserError(f"there is no text {corpus}; give --corpus FILE, wikitext or english")
+        return Path(corpus), f"{corpus}, as asked"
+    wikitext = cache_folder() / "wikitext-103-train.txt"
+    if corpus != "english":
+        if wikitext.is_file():
+            return wikitext, f"WikiText-103 from {wikitext}"
+        cached = [try_to_load_from_cache(WIKITEXT, f, repo_type="dataset") for f in WIKITEXT_FILES]
+        if all(isinstance(file, str) for file in cached) or network_available():
+            try:
+                files = [hf_hub_download(WIKITEXT, f, repo_type="dataset") for f in WIKITEXT_FILES]
+            except Exception as error:  # the hub client's and its transport's errors alike
+                reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+                why = f"WikiText-103 could not be downloaded ({reason})"
+            else:
+                write_atomically(wikitext, lambda path: parquet_to_text(files, path))
+                return wikitext, f"WikiText-103 from the hub, kept as {wikitext}"
+        else:
+            why = "WikiText-103 is not cached and there is no network"
+        if corpus == "wikitext" or not mini:
+            raise UserError(f"{why}; give any text: --corpus FILE, or do without: --lm-coef 0")
+    from pydoc_data import topics
+
+    text = "\n\n".join(topics.topics[key] for key in sorted(topics.topics)).encode()
+    path = cache_folder() / f"python-manual-{hashlib.sha256(text).hexdigest()[:16]}.txt"
+    if not path.is_file():
+        write_atomically(path, lambda temporary: Path(temporary).write_bytes(text))
+    note = "as asked" if corpus == "english" else f"since {why}"
+    return path, f"the Python manual (pydoc_data.topics, {len(text) / 1e6:.1f} MB), {note}"
+
+
+def parquet_to_text(files, path):
+    """The column `text` of parquet files, in order, as one UTF-8 text file."""
+    import pyarrow.parquet as pq
+
+    with open(path, "w", encoding="utf-8", newline="") as out:
+        for file in files:
+            for rows in pq.ParquetFile(file).iter_batches(columns=["text"]):
+                out.writelines(rows["text"].to_pylist())
+
+
+def tokenise(path, encoding):
+    """The tokens of a UTF-8 text file, memory-mapped: (N,) uint16. Made once, kept in the cache.
+
+    The cache's key is the text's SHA-256 and the encoding's name. Raises UserError for a file that
+    cannot be read, is empty, or is not UTF-8.
+    """
+    path = Path(path)
+    try:
+        with open(path, "rb") as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+        size = path.stat().st_size
+    except OSError as error:
+        raise UserError(f"cannot read the text {path}: {error.strerror}") from error
+    if size == 0:
+        raise UserError(f"the text {path} is empty")
+    cached = cache_folder() / "tokens" / f"{digest[:32]}-{encoding.name}.bin"
+
+    def write(temporary):
+        bar = tqdm(total=size, unit="B", unit_scale=True, desc=f"tokenising {path.name}")
+        with bar, open(path, encoding="utf-8", newline="") as text, open(temporary, "wb") as file:
+            while chunk := text.read(CHUNK):
+                chunk += text.readline()  # cut at line ends, so that no word is cut
+                np.array(encoding.encode_ordinary(chunk), np.uint16).tofile(file)
+                bar.update(len(chunk.encode()))
+
+    if not cached.exists():
+        try:
+            write_atomically(cached, write)
+        except UnicodeDecodeError as error:
+            raise UserError(f"{path} is not UTF-8 text: {error.reason}") from error
+    return np.memmap(cached, np.uint16, mode="r")
+
+
+def check_text(tokens, length):
+    """Raises UserError if a text is shorter than a block of `length` tokens and its targets."""
+    if len(tokens) < length + 1:
+        raise UserError(
+            f"the text has {len(tokens)} tokens, but a block needs {length + 1}; give a longer "
+            "text (--corpus FILE) or shorter blocks (--lm-length N)"
+        )
+
+
+def sample_text(tokens, batch, length, generator):
+    """Random blocks of a text: inputs and, one token further on, targets, both (b, L) int64.
+
+    tokens (N,) with N > length (see check_text); generator: a torch.Generator on the CPU.
+    """
+    starts = torch.randint(len(tokens) - length, (batch,), generator=generator)
+    blocks = np.stack([tokens[i : i + length + 1] for i in starts.tolist()])
+    blocks = torch.from_numpy(blocks.astype(np.int64))  # (b, L + 1)
+    return blocks[:, :-1], blocks[:, 1:]

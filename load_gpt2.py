@@ -1,0 +1,236 @@
+"""OpenAI's GPT-2 weights into model.GPT: from the hub, its cache, or a file.
+
+    python load_gpt2.py gpt2              # parameters, perplexity, a completion
+    python load_gpt2.py path/to/model.safetensors --text FILE
+
+The files are the hub's own (Radford et al. 2019, as converted by Hugging Face). Their linear layers
+are "Conv1D"s, the transpose of nn.Linear's weight, and some carry the causal mask as a tensor. Here
+every tensor of the file is used or checked: what is missing, left over or misshapen is an error.
+"""
+
+import hashlib
+import json
+import math
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import torch
+
+from model import GPT, GPTConfig, text_loss
+from plumbing import Parser, UserError, choose, network_available, run_command, write_atomically
+
+HUB = {  # name: (repository, config); sizes: Radford et al. 2019, table 2; DistilGPT2's card
+    "gpt2": ("openai-community/gpt2", GPTConfig(12, 12, 768)),
+    "gpt2-medium": ("openai-community/gpt2-medium", GPTConfig(24, 16, 1024)),
+    "gpt2-large": ("openai-community/gpt2-large", GPTConfig(36, 20, 1280)),
+    "gpt2-xl": ("openai-community/gpt2-xl", GPTConfig(48, 25, 1600)),
+    "distilgpt2": ("distilbert/distilgpt2", GPTConfig(6, 12, 768)),
+}
+DT = GPTConfig(3, 1, 128, vocab_size=257)  # the Decision Transformer's body (paper, table 9)
+MINI = Path(__file__).parent / "assets" / "mini-lm.safetensors"  # made by experiments/pretrain.py
+TEXT_TOKENS = 50_000  # how much of a text the perplexity is measured on
+CONV1D = ("c_attn.weight", "c_proj.weight", "c_fc.weight")  # stored transposed
+
+
+def is_cached(name):
+    """Whether the weights of hub model `name` are in huggingface_hub's cache already."""
+    from huggingface_hub import try_to_load_from_cache
+
+    return isinstance(try_to_load_from_cache(HUB[name][0], "model.safetensors"), str)
+
+
+def find_weights(name_or_path):
+    """Where the weights are, fetched if need be. Returns a file's Path.
+
+    name_or_path: a key of HUB, "mini", or a file, or a folder as transformers saves it.
+    Raises UserError, naming what to do, for what cannot be had.
+    """
+    if name_or_path == "mini":
+        return MINI
+    if name_or_path in HUB:
+        from huggingface_hub import hf_hub_download
+        from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+        repository = HUB[name_or_path][0]
+        if not is_cached(name_or_path) and not network_available():
+            raise UserError(
+                f"{name_or_path} is not in the Hugging Face cache and the hub cannot be reached; "
+                f"on a machine with a network run `hf download {repository} model.safetensors`, "
+                "copy the file here and give its path: --lm path/to/model.safetensors"
+            )
+        try:
+            return Path(hf_hub_download(repository, "model.safetensors"))
+        except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+            reason = str(error).strip().splitlines()[0]
+            raise UserError(f"{name_or_path} could not be downloaded: {reason}") from error
+    path = Path(name_or_path)
+    if path.is_dir():
+        for file in ("model.safetensors", "pytorch_model.bin"):
+            if (path / file).is_file():
+                return path / file
+        raise UserError(f"{path} holds neither model.safetensors nor pytorch_model.bin")
+    if path.is_file():
+        return path
+    if path.suffix or path.parent != Path("."):
+        raise UserError(f"there is no weights file {path}; give a .safetensors or .bin file")
+    choose("lm", name_or_path, [*HUB, "mini", "or a path"])
+
+
+def read_tensors(path):
+    """All tensors of a .safetensors or .bin file, and the safetensors header's metadata.
+
+    Raises UserError for a file that is neither or is damaged.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        if path.suffix == ".safetensors":
+            with safe_open(path, framework="pt") as file:
+                names = file.keys()
+                return {name: file.get_tensor(name) for name in names}, file.metadata() or {}
+        tensors = torch.load(path, map_location="cpu", weights_only=True)
+    except (SafetensorError, RuntimeError, OSError, EOFError, ValueError, KeyError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(f"{path} is no readable .safetensors or .bin file: {reason}") from error
+    except Exception as error:  # torch.load's UnpicklingError names neither file nor remedy
+        if type(error).__name__ != "UnpicklingError":
+            raise
+        raise UserError(f"{path} holds something other than tensors; refused") from error
+    if not isinstance(tensors, dict) or not all(torch.is_tensor(t) for t in tensors.values()):
+        raise UserError(f"{path} is no state dict: expected a dictionary of tensors")
+    return tensors, {}
+
+
+def read_config(path, tensors, metadata):
+    """The GPTConfig of a weights file: sizes from its tensors, the number of heads from beside it.
+
+    The number of heads leaves no trace in the tensors. It is read from the file's own metadata,
+    a config.json next to it, or, for OpenAI's widths, the published sizes; else UserError.
+    """
+    if "wte.weight" not in tensors or "wpe.weight" not in tensors:
+        raise UserError(f"{path} is no GPT-2: wte.weight and wpe.weight are not both there")
+    layers = {int(key.split(".")[1]) for key in tensors if key.startswith("h.")}
+    vocab_size, n_embd = tensors["wte.weight"].shape
+    n_head = {config.n_embd: config.n_head for _, config in HUB.values()}.get(n_embd)
+    beside = path.parent / "config.json"
+    if "config" in metadata:
+        n_head = json.loads(metadata["config"])["n_head"]
+    elif beside.is_file():
+        n_head = json.loads(beside.read_text())["n_head"]
+    if n_head is None:
+        raise UserError(f"{path} does not say its number of heads; put its config.json beside it")
+    return GPTConfig(
+        n_layer=len(layers),
+        n_head=n_head,
+        n_embd=n_embd,
+        vocab_size=vocab_size,
+        block_size=len(tensors["wpe.weight"]),
+    )
+
+
+def find_config(name_or_path):
+    """The sizes of a model without its weights: a GPTConfig. Names as in load_gpt2, and "dt"."""
+    if name_or_path == "dt":
+        return DT
+    if name_or_path in HUB:
+        return HUB[name_or_path][1]
+    return load_gpt2(name_or_path).config
+
+
+def load_gpt2(name_or_path, dropout=0.1):
+    """GPT-2 by name or from a file, as a model.GPT in fp32 on the CPU.
+
+    name_or_path: gpt2, gpt2-medium, gpt2-large, gpt2-xl, distilgpt2 (from the hub, whose HF_HOME,
+    HF_ENDPOINT and HF_HUB_OFFLINE work), mini (bundled), a .safetensors or .bin file, or a folder
+    with one. dropout is a number to train with; no weights file holds it.
+    Raises UserError if it cannot be had, or if a tensor is missing, misshapen or left over.
+    """
+    path = find_weights(name_or_path)
+    tensors, metadata = read_tensors(path)
+    tensors = {key.removeprefix("transformer."): tensor for key, tensor in tensors.items()}
+    config = read_config(path, tensors, metadata)
+    if name_or_path in HUB and config != HUB[name_or_path][1]:
+        raise UserError(f"{path} is not {name_or_path}: its sizes are {config}")
+
+    with torch.device("meta"):  # shapes only: every value comes from the file
+        gpt = GPT(replace(config, dropout=dropout))
+    state = {}
+    for key, parameter in gpt.state_dict().items():
+        if key not in tensors:
+            raise UserError(f"{path} lacks the tensor {key}")
+        tensor = tensors.pop(key).float()
+        tensor = tensor.t() if key.endswith(CONV1D) else tensor
+        if tensor.shape != parameter.shape:
+            expected, found = tuple(parameter.shape), tuple(tensor.shape)
+            raise UserError(f"{path}: {key} is {found}, expected {expected} (as nn.Linear has it)")
+        state[key] = tensor.contiguous()
+    for key, tensor in tensors.items():  # what may be left: the tied head and the causal masks
+        if key == "lm_head.weight" and torch.equal(tensor.float(), state["wte.weight"]):
+            continue
+        if key.endswith(("attn.bias", "attn.masked_bias")) and key.split(".")[0] == "h":
+            T = config.block_size
+            if tensor.numel() == 1 or torch.equal(tensor.view(T, T), tensor.view(T, T).tril()):
+                continue
+        raise UserError(f"{path} holds a tensor GPT-2 has no use for: {key} {tuple(tensor.shape)}")
+    gpt.load_state_dict(state, assign=True)
+    return gpt
+
+
+def save_gpt2(gpt, path, about):
+    """Write a GPT in the hub's layout, so that load_gpt2 and transformers both read it back.
+
+    about: dictionary of strings kept in the header (where the weights come from).
+    """
+    from safetensors.torch import save_file
+
+    tensors = {
+        key: (tensor.t() if key.endswith(CONV1D) else tensor).contiguous()
+        for key, tensor in gpt.state_dict().items()
+    }
+    metadata = {"format": "pt", "config": json.dumps(asdict(gpt.config)), **about}
+    write_atomically(path, lambda temporary: save_file(tensors, temporary, metadata))
+
+
+def fingerprint(gpt):
+    """SHA-256 of a GPT's weights as fp32, the same whatever file they came from. Returns hex."""
+    digest = hashlib.sha256()
+    for key, tensor in gpt.state_dict().items():
+        digest.update(key.encode())
+        digest.update(tensor.detach().cpu().float().contiguous().numpy().data)
+    return digest.hexdigest()
+
+
+def talk(gpt, prompt, n, tokens, encoding, seed=0):
+    """What a GPT has to say, and how well it knows a text.
+
+    prompt: str, continued by n tokens (sampled at temperature 0.8 from the 40 likeliest, by the
+    seed); tokens (N,): a text's. Returns (str, perplexity per token).
+    """
+    gpt.eval()
+    start = torch.tensor([encoding.encode_ordinary(prompt)], device=gpt.wte.weight.device)
+    generator = torch.Generator(gpt.wte.weight.device).manual_seed(seed)
+    out = gpt.generate(start, n, temperature=0.8, top_k=40, generator=generator)
+    return encoding.decode(out[0].tolist()), math.exp(text_loss(gpt, tokens))
+
+
+def main():
+    from data import find_text, get_encoding, tokenise
+
+    parser = Parser(prog="load_gpt2.py", description="Load a GPT-2 and let it show itself.")
+    parser.add_argument("lm", help=f"{', '.join(HUB)}, mini, or a file or folder of weights")
+    parser.add_argument("--text", help="measure perplexity on this file (default: Python's manual)")
+    parser.add_argument("--prompt", default="Hello, my name is Tom.", help="what to continue")
+    parser.add_argument("--tokens", type=int, default=100, help="how many to add (default 100)")
+    args = parser.parse_args()
+    gpt = load_gpt2(args.lm)
+    print(f"{args.lm}: {sum(p.numel() for p in gpt.parameters()):,} parameters, {gpt.config}")
+    encoding = get_encoding(gpt.config.vocab_size)
+    path, _ = find_text(args.text or "english", mini=True)
+    tokens = tokenise(path, encoding)[:TEXT_TOKENS]
+    text, perplexity = talk(gpt, args.prompt, args.tokens, tokens, encoding)
+    print(f"perplexity {perplexity:.2f} per token on the first {len(tokens)} tokens of {path}")
+    print(text)
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -1,0 +1,435 @@
+"""Train LaMo (or one of its ablations, or the Decision Transformer) on offline trajectories.
+
+    python train.py --env hopper --ratio 0.01
+    torchrun --nproc_per_node=2 train.py --env hopper
+
+Everything that can be set stands in Config, each field a flag of the same name. The loop is in
+main(), below it. Figures without another source are from the paper, arXiv 2310.20587, appendix C.
+"""
+
+import json
+import math
+import os
+import sys
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import torch.nn as nn
+from tqdm import tqdm
+
+from data import (
+    check_text,
+    find_dataset,
+    find_text,
+    get_encoding,
+    load_trajectories,
+    sample_text,
+    sample_windows,
+    tokenise,
+)
+from evaluate import FORMAT, build_model, final_result, rollout, trained_state
+from load_gpt2 import find_weights, is_cached
+from plumbing import (
+    UserError,
+    choose,
+    choose_device,
+    choose_dtype,
+    network_available,
+    parse_flags,
+    run_command,
+    write_atomically,
+)
+from tasks import find_task, make_env, normalised_score
+
+
+@dataclass
+class Config:
+    # what to train; "auto" is filled in from the task, the method and a preset, and printed
+    env: str = "hopper"  # task: a row of tasks.py
+    method: str = "lamo"  # what is trained: a row of METHODS
+    ratio: float = 1.0  # share of the dataset's trajectories, in (0, 1]
+    mode: str = "normal"  # normal, or delayed: all reward at an episode's last step
+    seed: int = 0  # of the data subset, the weights, batches and dropout
+    # what to learn from
+    dataset: str = "auto"  # Minari id or folder; auto: the task's, see data.find_dataset
+    lm: str = "auto"  # gpt2, gpt2-medium, gpt2-large, gpt2-xl, distilgpt2, mini, dt or a file
+    corpus: str = "auto"  # text file, wikitext or english (the Python manual)
+    # the model
+    pretrained: bool = "auto"  # start from the language model's weights, or from random ones
+    train: str = "auto"  # lora, new (only what is outside the GPT) or all
+    embed: str = "auto"  # linear or mlp, for return, state, action and the head
+    lm_coef: float = "auto"  # weight of the language loss; 0 does no language work
+    lora_rank: int = 16  # columns of LoRA's factors
+    lora_alpha: float = 32  # LoRA's update is scaled by alpha / rank
+    lora_dropout: float = 0.1  # on the input of LoRA's update
+    dropout: float = "auto"  # GPT-2's: on embeddings, attention and residual branches
+    context: int = "auto"  # K, environment steps the model sees
+    scale: float = "auto"  # returns-to-go are divided by this
+    max_ep_len: int = "auto"  # rows of the time embedding
+    # optimisation
+    steps: int = "auto"  # optimiser steps
+    batch: int = 64  # windows a step, over all processes
+    lm_batch: int = 2  # blocks of text a step, over all processes
+    lm_length: int = "auto"  # tokens of a block of text
+    lr: float = "auto"  # AdamW's learning rate
+    warmup: int = "auto"  # steps of linear warm-up, then constant
+    weight_decay: float = "auto"  # AdamW's, on everything trained
+    clip: float = 0.25  # the gradient's norm is clipped here
+    # evaluation
+    eval_every: int = "auto"  # steps between evaluations
+    episodes: int = "auto"  # episodes for each target
+    targets: list[float] = "auto"  # target returns
+    # machine
+    device: str = "auto"  # cuda or cpu
+    dtype: str = "auto"  # bf16 or fp32: autocast's type
+    compile: bool = "auto"  # torch.compile the step; auto: on CUDA
+    log_every: int = 100  # steps averaged into a row of the log
+    out: str = "runs"  # a folder for this run is made in here
+
+
+METHODS = {  # design: what each method changes; a flag that is typed wins over its row
+    "lamo": dict(pretrained=True, train="lora", lm_coef=0.1),
+    "lamo-nolm": dict(pretrained=True, train="lora", lm_coef=0.0),
+    "lamo-linear": dict(pretrained=True, train="lora", lm_coef=0.1, embed="linear"),
+    "lamo-freeze": dict(pretrained=True, train="new", lm_coef=0.1),
+    "lamo-full": dict(pretrained=True, train="all", lm_coef=0.1),
+    "lamo-random": dict(pretrained=False, train="lora", lm_coef=0.1),
+    "dt": dict(lm="dt", pretrained=False, train="all", embed="linear", lm_coef=0.0),
+}
+PAPER = dict(steps=100_000, warmup=2500, eval_every=2500, episodes=20, lm_length=1024, dropout=0.1)
+SHORT = dict(  # without CUDA, or with the mini LM: minutes on two CPU cores
+    steps=2500, warmup=250, eval_every=500, episodes=10, lm_length=256, dropout=0.1, lr=1e-3
+)
+
+
+# --- from the command line to settings -----------------------------------------------------------
+
+
+def resolve(typed):
+    """Fill in every "auto": a typed flag wins over the method, it over the preset and the task.
+
+    typed: what parse_flags returns. Returns (settings, task, notes): the fields of Config as a
+    dictionary, the task's row, and a line for each choice made here, with the reason.
+    Raises UserError for values that cannot be.
+    """
+    settings = asdict(Config()) | typed
+    task = find_task(settings["env"])
+    method = METHODS[choose("method", settings["method"], METHODS)]
+    device = choose_device(None if settings["device"] == "auto" else settings["device"])
+
+    lm = (method | typed).get("lm", "auto")
+    if lm != "auto":
+        why = "as asked" if "lm" in typed else f"{settings['method']}'s"
+    elif device.type == "cpu":
+        lm, why = "mini", "bundled; the default without CUDA"
+    elif is_cached("gpt2") or network_available():
+        lm, why = "gpt2", "the default on CUDA"
+    else:
+        lm, why = "mini", "bundled; gpt2 is not cached and there is no network"
+    if lm != "dt":
+        find_weights(lm)  # what cannot be had is said before anything else is done
+    short = device.type == "cpu" or lm == "mini"
+    notes = {"lm": f"{lm} ({why})"}
+    notes["preset"] = "short (no CUDA, or the mini LM)" if short else "paper"
+
+    known = vars(task) | (SHORT if short else PAPER) | method | typed
+    known |= {"lm": lm, "device": str(device)}
+    known.setdefault("dtype", choose_dtype(device))
+    known.setdefault("compile", device.type == "cuda")
+    for name, value in settings.items():
+        if value == "auto" and name not in ("dataset", "corpus"):
+            settings[name] = known[name]
+    settings["targets"] = list(settings["targets"])
+    check(settings)
+    return settings, task, notes
+
+
+def check(settings):
+    """Raises UserError for settings that make no sense, naming the flag and what it takes."""
+    for name, valid in {
+        "mode": ["normal", "delayed"],
+        "embed": ["linear", "mlp"],
+        "train": ["lora", "new", "all"],
+        "dtype": ["bf16", "fp32"],
+    }.items():
+        choose(name, settings[name], valid)
+    if not 0 < settings["ratio"] <= 1:
+        raise UserError(f"--ratio is {settings['ratio']:g}, but must be above 0 and at most 1")
+    if settings["lm"] == "dt" and (settings["pretrained"] or settings["lm_coef"]):
+        raise UserError("--lm dt is a shape without weights; add --no-pretrained --lm-coef 0")
+    may_be_zero = ("seed", "lm_coef", "weight_decay", "dropout", "lora_dropout", "warmup")
+    for name, value in settings.items():
+        flag = "--" + name.replace("_", "-")
+        if type(value) in (int, float):
+            least = "0 or more" if name in may_be_zero else "above 0"
+            if not math.isfinite(value) or value < 0 or (value == 0 and name not in may_be_zero):
+                raise UserError(f"{flag} is {value}, but must be {least}")
+        if name.endswith("dropout") and value >= 1:
+            raise UserError(f"{flag} is {value}, but must be below 1")
+    world = int(os.environ.get("WORLD_SIZE", 1))
+    for name in ("batch", "lm_batch"):
+        if settings[name] % world:
+            flag = "--" + name.replace("_", "-")
+            raise UserError(f"{flag} {settings[name]} cannot be shared by {world} processes")
+
+
+# --- the two losses ------------------------------------------------------------------------------
+
+
+class Objective(nn.Module):
+    """Both losses of a step in one call, so that torch.compile and DDP see a step as one graph."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, window, count, text):
+        """The action loss and the language loss (paper, equation 2).
+
+        window: what sample_windows returns; count: valid steps that the mean is taken over, a
+        tensor (the batch's own, or under DDP the mean over processes, so that averaged gradients
+        are those of the joined batch); text: what sample_text returns, or None.
+        Returns (mean squared error over valid action entries, mean cross-entropy or 0.0).
+        """
+        rtg, obs, act, timestep, valid = window
+        error = (self.model(rtg, obs, act, timestep).float() - act) ** 2  # (B, K, A)
+        action_loss = (error * valid[..., None]).sum() / (count * act.shape[-1])
+        lm_loss = self.model.gpt(*text)[1] if text is not None else torch.zeros_like(action_loss)
+        return action_loss, lm_loss
+
+
+# --- a run's folder ------------------------------------------------------------------------------
+
+
+def make_run_folder(settings):
+    """A new folder under --out, named after the run. Raises UserError if it cannot be made."""
+    parts = (settings["env"], settings["method"], f"{settings['ratio']:g}", f"s{settings['seed']}")
+    name = "-".join(parts) + time.strftime("-%Y%m%d-%H%M%S")
+    for suffix in ("", *(f"-{i}" for i in range(2, 100))):
+        folder = Path(settings["out"]) / (name + suffix)
+        try:
+            folder.mkdir(parents=True)
+            return folder
+        except FileExistsError:  # two runs in one second, or --out is a file
+            if not folder.is_dir():
+                raise UserError(f"--out {settings['out']} is a file, not a folder") from None
+        except OSError as error:
+            raise UserError(f"cannot make {folder}: {error.strerror}; set --out") from error
+    raise UserError(f"{settings['out']} has too many runs called {name}")
+
+
+def append_row(folder, row):
+    with open(folder / "log.jsonl", "a") as file:
+        file.write(json.dumps(row) + "\n")
+
+
+def write_json(path, content):
+    write_atomically(
+        path, lambda temporary: Path(temporary).write_text(json.dumps(content, indent=1))
+    )
+
+
+# --- training ------------------------------------------------------------------------------------
+
+
+def main():
+    settings, task, notes = resolve(parse_flags(Config, "train.py", __doc__))
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    if world > 1:  # torchrun started us
+        dist.init_process_group("nccl" if settings["device"].startswith("cuda") else "gloo")
+        if settings["device"] == "cuda":
+            settings["device"] = f"cuda:{os.environ['LOCAL_RANK']}"
+            torch.cuda.set_device(settings["device"])
+    device = torch.device(settings["device"])
+
+    # Everything the run needs is found and checked before the run's folder is made. Under DDP the
+    # first process goes ahead, so that nothing is downloaded or tokenised twice.
+    if rank > 0:
+        dist.barrier()
+    env = make_env(task)
+    source, share, notes["dataset"] = find_dataset(task, settings["ratio"], settings["dataset"])
+    data = load_trajectories(
+        source,
+        env.observation_space,
+        env.action_space,
+        settings["scale"],
+        settings["ratio"] / share,
+        settings["mode"],
+        settings["seed"],
+        device,
+    )
+    env.close()
+    model, base = build_model(settings, data.obs.shape[1], data.act.shape[1])
+    model.to(device)
+    tokens = None
+    if settings["lm_coef"] > 0:
+        text_file, notes["text"] = find_text(settings["corpus"], settings["lm"] == "mini")
+        tokens = tokenise(text_file, get_encoding(model.gpt.config.vocab_size))
+        check_text(tokens, settings["lm_length"])
+        if settings["lm_length"] > model.gpt.config.block_size:
+            longest = model.gpt.config.block_size
+            raise UserError(f"--lm-length is {settings['lm_length']}; the model knows {longest}")
+    if rank == 0 and world > 1:
+        dist.barrier()
+
+    # Different windows, text and dropout in each process, the same in every run.
+    torch.manual_seed(settings["seed"] + 1_000_003 * (rank + 1))
+    window_rng = torch.Generator(device).manual_seed(settings["seed"] + 1_000_003 * rank)
+    text_rng = torch.Generator().manual_seed(settings["seed"] + 1_000_003 * rank)
+
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    optimiser = torch.optim.AdamW(
+        trainable,
+        lr=settings["lr"],
+        betas=(0.9, 0.999),
+        eps=1e-6,
+        weight_decay=settings["weight_decay"],
+        fused=True,
+    )
+    objective = Objective(model)
+    if settings["compile"]:
+        objective = torch.compile(objective)
+    if world > 1:
+        objective = nn.parallel.DistributedDataParallel(objective)
+    autocast = torch.autocast(device.type, torch.bfloat16, enabled=settings["dtype"] == "bf16")
+
+    folder = None
+    if rank == 0:
+        folder = make_run_folder(settings)
+        about = {
+            "dataset": notes["dataset"],
+            "dataset_id": source.spec.dataset_id,
+            "episodes": len(data.lengths),
+            "transitions": len(data),
+            "return_mean": float(data.returns.mean()),
+            "return_std": float(data.returns.std()),
+            "score": float(normalised_score(task, data.returns.mean())),
+        }
+        n_trained = sum(p.numel() for p in trainable)
+        n_all = sum(p.numel() for p in model.parameters())
+        print(f"task     {settings['env']} ({task.env_id}), method {settings['method']}")
+        print(f"dataset  {notes['dataset']}")
+        print(
+            f"         {about['episodes']} episodes, {about['transitions']} steps, return "
+            f"{about['return_mean']:.1f} ± {about['return_std']:.1f} (score {about['score']:.1f})"
+        )
+        print(f"lm       {notes['lm']}" + ("" if settings["pretrained"] else ", random weights"))
+        print(f"text     {notes.get('text', 'none: lm_coef is 0')}")
+        print(f"preset   {notes['preset']}: {settings['steps']} steps, lr {settings['lr']:g}")
+        print(f"machine  {device}, {settings['dtype']}, torch {torch.__version__}, x{world}")
+        print(f"trained  {n_trained:,} of {n_all:,} parameters ({n_trained / n_all:.1%})")
+        print(f"run      {folder}", flush=True)
+        if settings["compile"]:
+            print("compiling the first step; this takes a minute or so", flush=True)
+        config = {"settings": settings, "chosen": notes, "base": base, "data": about}
+        config["versions"] = {"torch": torch.__version__, "python": sys.version.split()[0]}
+        write_json(folder / "config.json", config)
+
+    def save(name, step):
+        checkpoint = {
+            "format": FORMAT,
+            "settings": settings,
+            "base": base,
+            "dataset": notes["dataset"],
+            "chosen": notes,
+            "step": step,
+            "model": trained_state(model),
+            "obs_mean": data.obs_mean.cpu(),
+            "obs_std": data.obs_std.cpu(),
+            "act_dim": data.act.shape[1],
+        }
+        write_atomically(folder / name, lambda path: torch.save(checkpoint, path))
+
+    evaluations, best_score, last_score = [], -math.inf, None
+    totals = torch.zeros(2, device=device)  # read out every log_every steps: reading waits
+    started, evaluating = time.time(), 0.0
+    bar = tqdm(total=settings["steps"], desc="training", disable=rank > 0, mininterval=1)
+    model.train()
+    for step in range(1, settings["steps"] + 1):
+        warm = min(1.0, step / max(1, settings["warmup"]))
+        for group in optimiser.param_groups:
+            group["lr"] = settings["lr"] * warm
+
+        window = sample_windows(data, settings["batch"] // world, settings["context"], window_rng)
+        count = window[-1].sum().float()
+        if world > 1:
+            dist.all_reduce(count)
+            count /= world
+        text = None
+        if tokens is not None:
+            text = sample_text(
+                tokens, settings["lm_batch"] // world, settings["lm_length"], text_rng
+            )
+            text = [t.to(device, non_blocking=True) for t in text]
+
+        with autocast:
+            action_loss, lm_loss = objective(window, count, text)
+        loss = action_loss + settings["lm_coef"] * lm_loss
+        loss.backward()
+        nn.utils.clip_grad_norm_(trainable, settings["clip"])
+        optimiser.step()
+        optimiser.zero_grad(set_to_none=True)
+
+        totals += torch.stack([action_loss.detach(), lm_loss.detach()])
+        if step % settings["log_every"] == 0 or step == settings["steps"]:
+            n = (step - 1) % settings["log_every"] + 1  # steps since the last row
+            action_mean, lm_mean = (totals / n).tolist()
+            totals.zero_()
+            if not math.isfinite(action_mean + lm_mean):
+                raise UserError(
+                    f"the loss became {action_mean + lm_mean} by step {step}; lower --lr"
+                )
+            if rank == 0:
+                row = {"step": step, "action_loss": action_mean, "lm_loss": lm_mean}
+                row |= {"lr": settings["lr"] * warm, "seconds": time.time() - started - evaluating}
+                append_row(folder, row)
+                bar.set_postfix(loss=f"{action_mean:.4f}", lm=f"{lm_mean:.3f}", score=last_score)
+        if rank == 0:
+            bar.update()
+
+        if rank == 0 and (step % settings["eval_every"] == 0 or step == settings["steps"]):
+            before = time.time()
+            stats = data.obs_mean, data.obs_std
+            results = rollout(
+                model,
+                task,
+                settings,
+                *stats,
+                settings["targets"],
+                settings["episodes"],
+                progress=True,
+            )
+            evaluating += time.time() - before
+            evaluations.append({"step": step, "results": results})
+            append_row(folder, {"step": step, "evaluation": results})
+            score = max(r["score"] for r in results)
+            last_score = f"{score:.1f}"
+            save("ckpt.pt", step)
+            if score > best_score:
+                best_score = score
+                save("best.pt", step)
+    bar.close()
+    if rank == 0:
+        result = final_result(evaluations, settings["steps"])
+        result |= {"dataset": notes["dataset"], "lm": notes["lm"], "data": about}
+        result |= {"seconds_training": time.time() - started - evaluating}
+        result |= {"seconds_evaluating": evaluating}
+        write_json(folder / "result.json", result)
+        averaged = f"mean of {result['evaluations_averaged']} evaluations in the last 20 % of steps"
+        print(f"\n{'target':>8} {'return':>8} {'score':>7}   {averaged}")
+        for r in result["targets"]:
+            print(f"{r['target']:8g} {r['return_mean']:8.1f} {r['score']:7.1f}")
+        print(f"{'dataset':>8} {about['return_mean']:8.1f} {about['score']:7.1f}   its episodes")
+        print(f"score {result['score']:.1f}, of target {result['target']:g}; ", end="")
+        print(f"best single evaluation {result['best_single_evaluation']:.1f}")
+        print(f"{time.time() - started:.0f} s, of which {evaluating:.0f} s evaluating")
+        print(f"next: python evaluate.py {folder / 'ckpt.pt'}")
+    if world > 1:
+        dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    run_command(main)
