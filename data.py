@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from plumbing import UserError, network_available, write_atomically
+from plumbing import UserError, first_line, network_available, write_atomically
 
 BUNDLED = Path(__file__).parent / "assets" / "minari"  # datasets that come with the project
 WIKITEXT = "Salesforce/wikitext"  # on the hub: WikiText-103 (Merity et al. 2017), raw, CC BY-SA
@@ -64,9 +64,10 @@ def find_dataset(task, ratio, name="auto"):
     def read(folder):
         try:
             return minari.MinariDataset(Path(folder) / "data")
-        except Exception as error:  # Minari and h5py raise many kinds for a damaged dataset
-            reason = str(error).strip().splitlines() or [type(error).__name__]
-            raise UserError(f"{folder} is no readable Minari dataset: {reason[0]}") from error
+        except Exception as error:  # Minari raises many kinds for a damaged dataset
+            raise UserError(
+                f"{folder} is no readable Minari dataset: {first_line(error)}"
+            ) from error
 
     local = Path(os.environ.get("MINARI_DATASETS_PATH") or Path.home() / ".minari" / "datasets")
     named = name != "auto"
@@ -80,8 +81,7 @@ def find_dataset(task, ratio, name="auto"):
             minari.download_dataset(wanted)
             return read(local / wanted), 1.0, f"{wanted}, downloaded to {local}"
         except Exception as error:  # the hub's, Minari's and the disk's errors alike
-            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-            why = f"{wanted} could not be downloaded ({reason})"
+            why = f"{wanted} could not be downloaded ({first_line(error)})"
     else:
         why = f"{wanted} is not in {local} and there is no network"
     if named:
@@ -99,6 +99,20 @@ def find_dataset(task, ratio, name="auto"):
             f"--ratio {share:g}, or record the full set: {task.collect_command}"
         )
     return read(bundled), share, f"the bundled {task.bundled} ({share:.0%} of a set), since {why}"
+
+
+def read_episodes(dataset, indices):
+    """Episodes of a Minari dataset, by index. Raises UserError where its file is damaged."""
+    episodes = dataset.iterate_episodes(indices)
+    while True:
+        try:
+            episode = next(episodes, None)
+        except Exception as error:  # h5py raises many kinds
+            what = f"{dataset.spec.data_path} is no readable Minari dataset"
+            raise UserError(f"{what}: {first_line(error)}") from error
+        if episode is None:
+            return
+        yield episode
 
 
 def returns_to_go(rewards, delayed=False):
@@ -133,7 +147,7 @@ def load_trajectories(
     chosen = np.sort(np.random.default_rng(seed).choice(E, keep, replace=False))
     obs, act, rtg, timestep, end, returns, lengths = [], [], [], [], [], [], []
     n = 0
-    for i, episode in zip(chosen.tolist(), dataset.iterate_episodes(chosen), strict=True):
+    for i, episode in zip(chosen.tolist(), read_episodes(dataset, chosen), strict=True):
         T = len(episode.rewards)
         if T == 0:
             raise UserError(f"{what}: episode {i} is empty")
@@ -232,8 +246,8 @@ def get_encoding(vocab_size):
     try:
         return tiktoken.get_encoding("gpt2")
     except Exception as error:  # requests' many kinds; a hash that differs
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise UserError(f"GPT-2's BPE could not be fetched: {reason}; {advice} to it") from error
+        why = f"GPT-2's BPE could not be fetched ({first_line(error)})"
+        raise UserError(f"{why}; {advice} to it") from error
 
 
 def find_text(corpus, mini):
@@ -259,8 +273,7 @@ def find_text(corpus, mini):
             try:
                 files = [hf_hub_download(WIKITEXT, f, repo_type="dataset") for f in WIKITEXT_FILES]
             except Exception as error:  # the hub client's and its transport's errors alike
-                reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-                why = f"WikiText-103 could not be downloaded ({reason})"
+                why = f"WikiText-103 could not be downloaded ({first_line(error)})"
             else:
                 write_atomically(wikitext, lambda path: parquet_to_text(files, path))
                 return wikitext, f"WikiText-103 from the hub, kept as {wikitext}"
@@ -306,7 +319,8 @@ def tokenise(path, encoding):
     cached = cache_folder() / "tokens" / f"{digest[:32]}-{encoding.name}.bin"
 
     def write(temporary):
-        bar = tqdm(total=size, unit="B", unit_scale=True, desc=f"tokenising {path.name}")
+        name = f"tokenising {path.name}"
+        bar = tqdm(total=size, unit="B", unit_scale=True, desc=name, delay=1)
         with bar, open(path, encoding="utf-8", newline="") as text, open(temporary, "wb") as file:
             while chunk := text.read(CHUNK):
                 chunk += text.readline()  # cut at line ends, so that no word is cut

@@ -209,7 +209,7 @@ def read_checkpoint(path):
 
 
 def load_model(path, checkpoint):
-    """The LaMo of a checkpoint, on the CPU.
+    """The LaMo of a checkpoint (from read_checkpoint), on the CPU.
 
     Raises UserError if the language model underneath is not to be had or is not the same one.
     """
@@ -241,6 +241,7 @@ def main():
         default=SEED,
         help=f"environment seed of the first episode (default {SEED}, as in training)",
     )
+    add("--lm", help="where the language model's weights are (default: as in training)")
     add("--device", help="cuda or cpu (default: cuda if there is one)")
     add("--json", action="store_true", help="print one JSON object instead of a table")
     add("--prompt", help="do not act but continue this text, before and after training")
@@ -254,6 +255,8 @@ def main():
     settings, step = checkpoint["settings"], checkpoint["step"]
     if args.env and args.env != settings["env"]:
         raise UserError(f"{args.checkpoint} was trained on {settings['env']}, not {args.env}")
+    if args.lm:
+        settings["lm"] = args.lm
     task = find_task(settings["env"])
     device = choose_device(args.device)
     model = load_model(args.checkpoint, checkpoint).to(device)
@@ -275,7 +278,8 @@ def main():
     if shapes != (env.observation_space.shape, env.action_space.shape):
         raise UserError(f"{args.checkpoint} has spaces {shapes}, not those of {task.env_id}")
     env.close()
-    targets, episodes = args.target or settings["targets"], args.episodes or settings["episodes"]
+    targets = args.target or settings["targets"]
+    episodes = settings["episodes"] if args.episodes is None else args.episodes
     if episodes < 1:
         raise UserError(f"--episodes is {episodes}, but must be at least 1")
     stats = checkpoint["obs_mean"].to(device), checkpoint["obs_std"].to(device)

@@ -11,13 +11,22 @@ every tensor of the file is used or checked: what is missing, left over or missh
 import hashlib
 import json
 import math
+import pickle
 from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
 
 from model import GPT, GPTConfig, text_loss
-from plumbing import Parser, UserError, choose, network_available, run_command, write_atomically
+from plumbing import (
+    Parser,
+    UserError,
+    choose,
+    first_line,
+    network_available,
+    run_command,
+    write_atomically,
+)
 
 HUB = {  # name: (repository, config); sizes: Radford et al. 2019, table 2; DistilGPT2's card
     "gpt2": ("openai-community/gpt2", GPTConfig(12, 12, 768)),
@@ -61,8 +70,8 @@ def find_weights(name_or_path):
         try:
             return Path(hf_hub_download(repository, "model.safetensors"))
         except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-            reason = str(error).strip().splitlines()[0]
-            raise UserError(f"{name_or_path} could not be downloaded: {reason}") from error
+            why = first_line(error)
+            raise UserError(f"{name_or_path} could not be downloaded: {why}") from error
     path = Path(name_or_path)
     if path.is_dir():
         for file in ("model.safetensors", "pytorch_model.bin"):
@@ -90,11 +99,9 @@ def read_tensors(path):
                 return {name: file.get_tensor(name) for name in names}, file.metadata() or {}
         tensors = torch.load(path, map_location="cpu", weights_only=True)
     except (SafetensorError, RuntimeError, OSError, EOFError, ValueError, KeyError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise UserError(f"{path} is no readable .safetensors or .bin file: {reason}") from error
-    except Exception as error:  # torch.load's UnpicklingError names neither file nor remedy
-        if type(error).__name__ != "UnpicklingError":
-            raise
+        why = first_line(error)
+        raise UserError(f"{path} is no readable .safetensors or .bin file: {why}") from error
+    except pickle.UnpicklingError as error:  # what weights_only=True refuses to run
         raise UserError(f"{path} holds something other than tensors; refused") from error
     if not isinstance(tensors, dict) or not all(torch.is_tensor(t) for t in tensors.values()):
         raise UserError(f"{path} is no state dict: expected a dictionary of tensors")

@@ -36,6 +36,12 @@ def run_command(main):
         raise SystemExit(2) from None
 
 
+def first_line(error):
+    """What an exception of some library says, cut to the one line that errors have here."""
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__
+
+
 class Parser(argparse.ArgumentParser):
     """An ArgumentParser whose errors are one line, like every other error here."""
 

@@ -169,6 +169,11 @@ def check(settings):
                 raise UserError(f"{flag} is {value}, but must be {least}")
         if name.endswith("dropout") and value >= 1:
             raise UserError(f"{flag} is {value}, but must be below 1")
+    existing = next(p for p in (Path(settings["out"]) / "run").absolute().parents if p.exists())
+    if not existing.is_dir() or not os.access(existing, os.W_OK):
+        raise UserError(
+            f"--out {settings['out']}: {existing} is not a folder that can be written to"
+        )
     world = int(os.environ.get("WORLD_SIZE", 1))
     for name in ("batch", "lm_batch"):
         if settings[name] % world:
@@ -189,9 +194,8 @@ class Objective(nn.Module):
     def forward(self, window, count, text):
         """The action loss and the language loss (paper, equation 2).
 
-        window: what sample_windows returns; count: valid steps that the mean is taken over, a
-        tensor (the batch's own, or under DDP the mean over processes, so that averaged gradients
-        are those of the joined batch); text: what sample_text returns, or None.
+        window: what sample_windows returns; count: what valid_steps returns; text: what sample_text
+        returns, or None.
         Returns (mean squared error over valid action entries, mean cross-entropy or 0.0).
         """
         rtg, obs, act, timestep, valid = window
@@ -199,6 +203,19 @@ class Objective(nn.Module):
         action_loss = (error * valid[..., None]).sum() / (count * act.shape[-1])
         lm_loss = self.model.gpt(*text)[1] if text is not None else torch.zeros_like(action_loss)
         return action_loss, lm_loss
+
+
+def valid_steps(valid, world):
+    """How many steps the action loss is a mean over: valid (B, K) bool -> scalar tensor.
+
+    Under DDP it is the mean over processes: gradients are averaged between them, and only so is
+    that average the gradient of the joined batch, whose windows are not equally long.
+    """
+    count = valid.sum().float()
+    if world > 1:
+        dist.all_reduce(count)
+        count /= world
+    return count
 
 
 # --- a run's folder ------------------------------------------------------------------------------
@@ -213,9 +230,8 @@ def make_run_folder(settings):
         try:
             folder.mkdir(parents=True)
             return folder
-        except FileExistsError:  # two runs in one second, or --out is a file
-            if not folder.is_dir():
-                raise UserError(f"--out {settings['out']} is a file, not a folder") from None
+        except FileExistsError:  # another run began in the same second
+            continue
         except OSError as error:
             raise UserError(f"cannot make {folder}: {error.strerror}; set --out") from error
     raise UserError(f"{settings['out']} has too many runs called {name}")
@@ -266,12 +282,12 @@ def main():
     model.to(device)
     tokens = None
     if settings["lm_coef"] > 0:
+        longest = model.gpt.config.block_size
+        if settings["lm_length"] > longest:
+            raise UserError(f"--lm-length is {settings['lm_length']}; the model knows {longest}")
         text_file, notes["text"] = find_text(settings["corpus"], settings["lm"] == "mini")
         tokens = tokenise(text_file, get_encoding(model.gpt.config.vocab_size))
         check_text(tokens, settings["lm_length"])
-        if settings["lm_length"] > model.gpt.config.block_size:
-            longest = model.gpt.config.block_size
-            raise UserError(f"--lm-length is {settings['lm_length']}; the model knows {longest}")
     if rank == 0 and world > 1:
         dist.barrier()
 
@@ -354,10 +370,7 @@ def main():
             group["lr"] = settings["lr"] * warm
 
         window = sample_windows(data, settings["batch"] // world, settings["context"], window_rng)
-        count = window[-1].sum().float()
-        if world > 1:
-            dist.all_reduce(count)
-            count /= world
+        count = valid_steps(window[-1], world)
         text = None
         if tokens is not None:
             text = sample_text(
