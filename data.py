@@ -268,10 +268,13 @@ def find_text(corpus, mini):
     if corpus != "english":
         if wikitext.is_file():
             return wikitext, f"WikiText-103 from {wikitext}"
-        cached = [try_to_load_from_cache(WIKITEXT, f, repo_type="dataset") for f in WIKITEXT_FILES]
-        if all(isinstance(file, str) for file in cached) or network_available():
+        hub = {"repo_id": WIKITEXT, "repo_type": "dataset"}
+        found = [try_to_load_from_cache(filename=f, **hub) for f in WIKITEXT_FILES]
+        cached = all(isinstance(file, str) for file in found)
+        if cached or network_available():
+            hub["local_files_only"] = cached  # or the client would wait for the network
             try:
-                files = [hf_hub_download(WIKITEXT, f, repo_type="dataset") for f in WIKITEXT_FILES]
+                files = [hf_hub_download(filename=f, **hub) for f in WIKITEXT_FILES]
             except Exception as error:  # the hub client's and its transport's errors alike
                 why = f"WikiText-103 could not be downloaded ({first_line(error)})"
             else:

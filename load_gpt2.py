@@ -22,6 +22,7 @@ from plumbing import (
     Parser,
     UserError,
     choose,
+    choose_dtype,
     first_line,
     network_available,
     run_command,
@@ -37,7 +38,8 @@ HUB = {  # name: (repository, config); sizes: Radford et al. 2019, table 2; Dist
 }
 DT = GPTConfig(3, 1, 128, vocab_size=257)  # the Decision Transformer's body (paper, table 9)
 MINI = Path(__file__).parent / "assets" / "mini-lm.safetensors"  # made by experiments/pretrain.py
-TEXT_TOKENS = 50_000  # how much of a text the perplexity is measured on
+WEIGHTS = "model.safetensors"  # the file's name in each repository
+TEXT_TOKENS = 16_384  # how much of a text the perplexity is measured on
 CONV1D = ("c_attn.weight", "c_proj.weight", "c_fc.weight")  # stored transposed
 
 
@@ -45,7 +47,7 @@ def is_cached(name):
     """Whether the weights of hub model `name` are in huggingface_hub's cache already."""
     from huggingface_hub import try_to_load_from_cache
 
-    return isinstance(try_to_load_from_cache(HUB[name][0], "model.safetensors"), str)
+    return isinstance(try_to_load_from_cache(HUB[name][0], WEIGHTS), str)
 
 
 def find_weights(name_or_path):
@@ -58,26 +60,26 @@ def find_weights(name_or_path):
         return MINI
     if name_or_path in HUB:
         from huggingface_hub import hf_hub_download
-        from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
-        repository = HUB[name_or_path][0]
-        if not is_cached(name_or_path) and not network_available():
+        repository, cached = HUB[name_or_path][0], is_cached(name_or_path)
+        if not cached and not network_available():
             raise UserError(
                 f"{name_or_path} is not in the Hugging Face cache and the hub cannot be reached; "
-                f"on a machine with a network run `hf download {repository} model.safetensors`, "
-                "copy the file here and give its path: --lm path/to/model.safetensors"
+                f"on a machine with a network run `hf download {repository} {WEIGHTS}`, "
+                f"copy the file here and give its path: --lm path/to/{WEIGHTS}"
             )
-        try:
-            return Path(hf_hub_download(repository, "model.safetensors"))
-        except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-            why = first_line(error)
-            raise UserError(f"{name_or_path} could not be downloaded: {why}") from error
+        try:  # what is cached is not asked for again: the client would wait for the network
+            return Path(hf_hub_download(repository, WEIGHTS, local_files_only=cached))
+        except Exception as error:  # the hub client's and its transport's many kinds
+            raise UserError(
+                f"{name_or_path} could not be downloaded: {first_line(error)}"
+            ) from error
     path = Path(name_or_path)
     if path.is_dir():
-        for file in ("model.safetensors", "pytorch_model.bin"):
+        for file in (WEIGHTS, "pytorch_model.bin"):
             if (path / file).is_file():
                 return path / file
-        raise UserError(f"{path} holds neither model.safetensors nor pytorch_model.bin")
+        raise UserError(f"{path} holds neither {WEIGHTS} nor pytorch_model.bin")
     if path.is_file():
         return path
     if path.suffix or path.parent != Path("."):
@@ -217,7 +219,9 @@ def talk(gpt, prompt, n, tokens, encoding, seed=0):
     start = torch.tensor([encoding.encode_ordinary(prompt)], device=gpt.wte.weight.device)
     generator = torch.Generator(gpt.wte.weight.device).manual_seed(seed)
     out = gpt.generate(start, n, temperature=0.8, top_k=40, generator=generator)
-    return encoding.decode(out[0].tolist()), math.exp(text_loss(gpt, tokens))
+    device = gpt.wte.weight.device
+    with torch.autocast(device.type, torch.bfloat16, choose_dtype(device) == "bf16"):
+        return encoding.decode(out[0].tolist()), math.exp(text_loss(gpt, tokens))
 
 
 def main():

@@ -151,7 +151,7 @@ class GPT(nn.Module):
 
 
 @torch.no_grad()
-def text_loss(gpt, tokens, batch=8):
+def text_loss(gpt, tokens, batch=4):
     """Mean next-token cross-entropy of a text, in nats a token; exp of it is the perplexity.
 
     tokens (N,) integers (NumPy, memory-mapped or not), read in consecutive blocks of block_size, so

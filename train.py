@@ -359,7 +359,7 @@ def main():
         }
         write_atomically(folder / name, lambda path: torch.save(checkpoint, path))
 
-    evaluations, best_score, last_score = [], -math.inf, None
+    evaluations, best_score, last_score = [], -math.inf, "-"
     totals = torch.zeros(2, device=device)  # read out every log_every steps: reading waits
     started, evaluating = time.time(), 0.0
     bar = tqdm(total=settings["steps"], desc="training", disable=rank > 0, mininterval=1)
