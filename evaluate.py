@@ -202,7 +202,15 @@ def read_checkpoint(path):
         raise UserError(f"{path} is no readable checkpoint: damaged, or not train.py's") from error
     if not isinstance(checkpoint, dict) or checkpoint.get("format") != FORMAT:
         raise UserError(f"{path} is not a checkpoint of this project's ({FORMAT})")
-    missing = {"settings", "base", "model", "obs_mean", "obs_std", "step"} - checkpoint.keys()
+    missing = {
+        "settings",
+        "chosen",
+        "base",
+        "model",
+        "obs_mean",
+        "obs_std",
+        "step",
+    } - checkpoint.keys()
     if missing:
         raise UserError(f"{path} lacks {', '.join(sorted(missing))}; it is damaged")
     return checkpoint
@@ -289,7 +297,9 @@ def main():
     if args.json:
         print(json.dumps({"checkpoint": args.checkpoint, "step": step, "results": results}))
         return
-    print(f"{settings['env']}, {settings['method']}, step {step}, {checkpoint['dataset']}")
+    print(
+        f"{settings['env']}, {settings['method']}, step {step}; {checkpoint['chosen']['dataset']}"
+    )
     print_table(results)
 
 

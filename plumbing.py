@@ -8,6 +8,7 @@ import argparse
 import difflib
 import functools
 import inspect
+import json
 import os
 import re
 import sys
@@ -146,6 +147,12 @@ def write_atomically(path, write):
     finally:
         if temporary is not None:
             Path(temporary).unlink(missing_ok=True)
+
+
+def write_json(path, content):
+    """Write a dictionary as indented JSON, whole or not at all (see write_atomically)."""
+    text = json.dumps(content, indent=1) + "\n"
+    write_atomically(path, lambda temporary: Path(temporary).write_text(text))
 
 
 @functools.cache

@@ -41,6 +41,7 @@ from plumbing import (
     parse_flags,
     run_command,
     write_atomically,
+    write_json,
 )
 from tasks import find_task, make_env, normalised_score
 
@@ -218,7 +219,76 @@ def valid_steps(valid, world):
     return count
 
 
-# --- a run's folder ------------------------------------------------------------------------------
+# --- before and after the loop -------------------------------------------------------------------
+
+
+def prepare(settings, task, notes, device):
+    """Find, load and check all that a run needs, before anything of the run is written.
+
+    Adds to notes what was taken and why. Returns (Trajectories, LaMo, base, tokens): base as in
+    build_model, tokens (N,) of the text or None without a language loss. Raises UserError.
+    """
+    env = make_env(task)
+    source, share, notes["dataset"] = find_dataset(task, settings["ratio"], settings["dataset"])
+    data = load_trajectories(
+        source,
+        env.observation_space,
+        env.action_space,
+        scale=settings["scale"],
+        ratio=settings["ratio"] / share,
+        mode=settings["mode"],
+        seed=settings["seed"],
+        device=device,
+    )
+    env.close()
+    model, base = build_model(settings, data.obs.shape[1], data.act.shape[1])
+    if settings["lm_coef"] == 0:
+        notes["text"] = "none, for lm_coef is 0"
+        return data, model.to(device), base, None
+    longest = model.gpt.config.block_size
+    if settings["lm_length"] > longest:
+        raise UserError(f"--lm-length is {settings['lm_length']}; the model knows {longest}")
+    text_file, notes["text"] = find_text(settings["corpus"], settings["lm"] == "mini")
+    tokens = tokenise(text_file, get_encoding(model.gpt.config.vocab_size))
+    check_text(tokens, settings["lm_length"])
+    return data, model.to(device), base, tokens
+
+
+def begin_run(settings, task, notes, data, model, base, world):
+    """Make the run's folder, print what will be done, write it to config.json. Returns a Path."""
+    folder = make_run_folder(settings)
+    n_trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    n_all = sum(p.numel() for p in model.parameters())
+    mean, std = data.returns.mean(), data.returns.std()
+    score = normalised_score(task, mean)
+    print(f"task     {settings['env']} ({task.env_id}), method {settings['method']}")
+    print(f"dataset  {notes['dataset']}")
+    print(f"         {len(data.lengths)} episodes, {len(data)} steps, ", end="")
+    print(f"return {mean:.1f} ± {std:.1f} (score {score:.1f})")
+    print(f"lm       {notes['lm']}" + ("" if settings["pretrained"] else ", random weights"))
+    print(f"text     {notes['text']}")
+    print(f"preset   {notes['preset']}: {settings['steps']} steps, lr {settings['lr']:g}")
+    processes = "" if world == 1 else f", {world} processes"
+    machine = f"{settings['device']}, {settings['dtype']}, torch {torch.__version__}"
+    print(f"machine  {machine}{processes}")
+    print(f"trained  {n_trained:,} of {n_all:,} parameters ({n_trained / n_all:.1%})")
+    print(f"run      {folder}", flush=True)
+    config = {
+        "settings": settings,
+        "chosen": notes,
+        "base": base,
+        "data": {
+            "episodes": len(data.lengths),
+            "transitions": len(data),
+            "return_mean": float(mean),
+            "return_std": float(std),
+            "score": float(score),
+        },
+        "processes": world,
+        "versions": {"torch": torch.__version__, "python": sys.version.split()[0]},
+    }
+    write_json(folder / "config.json", config)
+    return folder
 
 
 def make_run_folder(settings):
@@ -237,15 +307,23 @@ def make_run_folder(settings):
     raise UserError(f"{settings['out']} has too many runs called {name}")
 
 
-def append_row(folder, row):
-    with open(folder / "log.jsonl", "a") as file:
-        file.write(json.dumps(row) + "\n")
-
-
-def write_json(path, content):
-    write_atomically(
-        path, lambda temporary: Path(temporary).write_text(json.dumps(content, indent=1))
-    )
+def end_run(folder, settings, task, notes, data, evaluations, seconds, evaluating):
+    """Compute the run's score, write it to result.json and print it."""
+    result = final_result(evaluations, settings["steps"])
+    result |= {"dataset": notes["dataset"], "lm": notes["lm"]}
+    result |= {"dataset_return_mean": float(data.returns.mean())}
+    result |= {"seconds": seconds, "seconds_evaluating": evaluating}
+    write_json(folder / "result.json", result)
+    n = result["evaluations_averaged"]
+    print(f"\n{'target':>8} {'return':>8} {'score':>7}   mean of the last {n} evaluations")
+    for r in result["targets"]:
+        print(f"{r['target']:8g} {r['return_mean']:8.1f} {r['score']:7.1f}")
+    mean = data.returns.mean()
+    print(f"{'dataset':>8} {mean:8.1f} {normalised_score(task, mean):7.1f}   its episodes")
+    print(f"score {result['score']:.1f}, of target {result['target']:g}; ", end="")
+    print(f"best single evaluation {result['best_single_evaluation']:.1f}")
+    print(f"{seconds:.0f} s, of which {evaluating:.0f} s evaluating")
+    print(f"next: python evaluate.py {folder / 'ckpt.pt'}")
 
 
 # --- training ------------------------------------------------------------------------------------
@@ -261,40 +339,17 @@ def main():
             torch.cuda.set_device(settings["device"])
     device = torch.device(settings["device"])
 
-    # Everything the run needs is found and checked before the run's folder is made. Under DDP the
-    # first process goes ahead, so that nothing is downloaded or tokenised twice.
     if rank > 0:
-        dist.barrier()
-    env = make_env(task)
-    source, share, notes["dataset"] = find_dataset(task, settings["ratio"], settings["dataset"])
-    data = load_trajectories(
-        source,
-        env.observation_space,
-        env.action_space,
-        settings["scale"],
-        settings["ratio"] / share,
-        settings["mode"],
-        settings["seed"],
-        device,
-    )
-    env.close()
-    model, base = build_model(settings, data.obs.shape[1], data.act.shape[1])
-    model.to(device)
-    tokens = None
-    if settings["lm_coef"] > 0:
-        longest = model.gpt.config.block_size
-        if settings["lm_length"] > longest:
-            raise UserError(f"--lm-length is {settings['lm_length']}; the model knows {longest}")
-        text_file, notes["text"] = find_text(settings["corpus"], settings["lm"] == "mini")
-        tokens = tokenise(text_file, get_encoding(model.gpt.config.vocab_size))
-        check_text(tokens, settings["lm_length"])
+        dist.barrier()  # the first process goes ahead: nothing is fetched or tokenised twice
+    data, model, base, tokens = prepare(settings, task, notes, device)
     if rank == 0 and world > 1:
         dist.barrier()
 
-    # Different windows, text and dropout in each process, the same in every run.
-    torch.manual_seed(settings["seed"] + 1_000_003 * (rank + 1))
-    window_rng = torch.Generator(device).manual_seed(settings["seed"] + 1_000_003 * rank)
-    text_rng = torch.Generator().manual_seed(settings["seed"] + 1_000_003 * rank)
+    # Other windows, text and dropout in each process, but the same in every run.
+    seed = settings["seed"] + 1_000_003 * rank
+    torch.manual_seed(seed)
+    window_rng = torch.Generator(device).manual_seed(seed)
+    text_rng = torch.Generator().manual_seed(seed)
 
     trainable = [p for p in model.parameters() if p.requires_grad]
     optimiser = torch.optim.AdamW(
@@ -312,45 +367,21 @@ def main():
         objective = nn.parallel.DistributedDataParallel(objective)
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=settings["dtype"] == "bf16")
 
-    folder = None
     if rank == 0:
-        folder = make_run_folder(settings)
-        about = {
-            "dataset": notes["dataset"],
-            "dataset_id": source.spec.dataset_id,
-            "episodes": len(data.lengths),
-            "transitions": len(data),
-            "return_mean": float(data.returns.mean()),
-            "return_std": float(data.returns.std()),
-            "score": float(normalised_score(task, data.returns.mean())),
-        }
-        n_trained = sum(p.numel() for p in trainable)
-        n_all = sum(p.numel() for p in model.parameters())
-        print(f"task     {settings['env']} ({task.env_id}), method {settings['method']}")
-        print(f"dataset  {notes['dataset']}")
-        print(
-            f"         {about['episodes']} episodes, {about['transitions']} steps, return "
-            f"{about['return_mean']:.1f} ± {about['return_std']:.1f} (score {about['score']:.1f})"
-        )
-        print(f"lm       {notes['lm']}" + ("" if settings["pretrained"] else ", random weights"))
-        print(f"text     {notes.get('text', 'none: lm_coef is 0')}")
-        print(f"preset   {notes['preset']}: {settings['steps']} steps, lr {settings['lr']:g}")
-        print(f"machine  {device}, {settings['dtype']}, torch {torch.__version__}, x{world}")
-        print(f"trained  {n_trained:,} of {n_all:,} parameters ({n_trained / n_all:.1%})")
-        print(f"run      {folder}", flush=True)
+        folder = begin_run(settings, task, notes, data, model, base, world)
         if settings["compile"]:
-            print("compiling the first step; this takes a minute or so", flush=True)
-        config = {"settings": settings, "chosen": notes, "base": base, "data": about}
-        config["versions"] = {"torch": torch.__version__, "python": sys.version.split()[0]}
-        write_json(folder / "config.json", config)
+            print("compiling during the first step; it takes a minute or so", flush=True)
 
-    def save(name, step):
+    def append_to_log(row):
+        with open(folder / "log.jsonl", "a") as file:
+            file.write(json.dumps(row) + "\n")
+
+    def save(name):
         checkpoint = {
             "format": FORMAT,
             "settings": settings,
-            "base": base,
-            "dataset": notes["dataset"],
             "chosen": notes,
+            "base": base,
             "step": step,
             "model": trained_state(model),
             "obs_mean": data.obs_mean.cpu(),
@@ -359,87 +390,71 @@ def main():
         }
         write_atomically(folder / name, lambda path: torch.save(checkpoint, path))
 
-    evaluations, best_score, last_score = [], -math.inf, "-"
-    totals = torch.zeros(2, device=device)  # read out every log_every steps: reading waits
+    evaluations, best_score, shown = [], -math.inf, {}
+    totals = torch.zeros(2, device=device)  # of the losses; reading them waits for the device
+    summed = 0  # steps in totals
     started, evaluating = time.time(), 0.0
     bar = tqdm(total=settings["steps"], desc="training", disable=rank > 0, mininterval=1)
     model.train()
     for step in range(1, settings["steps"] + 1):
-        warm = min(1.0, step / max(1, settings["warmup"]))
+        lr = settings["lr"] * min(1.0, step / max(1, settings["warmup"]))
         for group in optimiser.param_groups:
-            group["lr"] = settings["lr"] * warm
+            group["lr"] = lr
 
         window = sample_windows(data, settings["batch"] // world, settings["context"], window_rng)
-        count = valid_steps(window[-1], world)
         text = None
         if tokens is not None:
-            text = sample_text(
-                tokens, settings["lm_batch"] // world, settings["lm_length"], text_rng
-            )
+            blocks = settings["lm_batch"] // world
+            text = sample_text(tokens, blocks, settings["lm_length"], text_rng)
             text = [t.to(device, non_blocking=True) for t in text]
 
         with autocast:
-            action_loss, lm_loss = objective(window, count, text)
-        loss = action_loss + settings["lm_coef"] * lm_loss
+            action_loss, lm_loss = objective(window, valid_steps(window[-1], world), text)
+        loss = action_loss + settings["lm_coef"] * lm_loss  # paper, equation 2
         loss.backward()
         nn.utils.clip_grad_norm_(trainable, settings["clip"])
         optimiser.step()
         optimiser.zero_grad(set_to_none=True)
 
         totals += torch.stack([action_loss.detach(), lm_loss.detach()])
-        if step % settings["log_every"] == 0 or step == settings["steps"]:
-            n = (step - 1) % settings["log_every"] + 1  # steps since the last row
-            action_mean, lm_mean = (totals / n).tolist()
+        summed += 1
+        bar.update()
+        last = step == settings["steps"]
+        if step % settings["log_every"] == 0 or last:
+            if world > 1:
+                dist.all_reduce(totals)
+            action_mean, lm_mean = (totals / (summed * world)).tolist()
             totals.zero_()
+            summed = 0
             if not math.isfinite(action_mean + lm_mean):
-                raise UserError(
-                    f"the loss became {action_mean + lm_mean} by step {step}; lower --lr"
-                )
+                raise UserError(f"a loss is not finite any more by step {step}; lower --lr")
             if rank == 0:
-                row = {"step": step, "action_loss": action_mean, "lm_loss": lm_mean}
-                row |= {"lr": settings["lr"] * warm, "seconds": time.time() - started - evaluating}
-                append_row(folder, row)
-                bar.set_postfix(loss=f"{action_mean:.4f}", lm=f"{lm_mean:.3f}", score=last_score)
-        if rank == 0:
-            bar.update()
+                row = {"step": step, "action_loss": action_mean, "lr": lr}
+                row["lm_loss"] = None if tokens is None else lm_mean
+                append_to_log(row | {"seconds": time.time() - started - evaluating})
+                shown |= {"loss": f"{action_mean:.4f}"}
+                shown |= {} if tokens is None else {"lm": f"{lm_mean:.3f}"}
+                bar.set_postfix(shown)
 
-        if rank == 0 and (step % settings["eval_every"] == 0 or step == settings["steps"]):
-            before = time.time()
-            stats = data.obs_mean, data.obs_std
-            results = rollout(
-                model,
-                task,
-                settings,
-                *stats,
-                settings["targets"],
-                settings["episodes"],
-                progress=True,
-            )
-            evaluating += time.time() - before
+        if rank == 0 and (step % settings["eval_every"] == 0 or last):
+            since = time.time()
+            stats, targets = (data.obs_mean, data.obs_std), settings["targets"]
+            episodes = settings["episodes"]
+            results = rollout(model, task, settings, *stats, targets, episodes, progress=True)
+            evaluating += time.time() - since
             evaluations.append({"step": step, "results": results})
-            append_row(folder, {"step": step, "evaluation": results})
+            append_to_log({"step": step, "evaluation": results})
             score = max(r["score"] for r in results)
-            last_score = f"{score:.1f}"
-            save("ckpt.pt", step)
+            shown |= {"score": f"{score:.1f}"}
+            bar.set_postfix(shown)
+            save("ckpt.pt")
             if score > best_score:
                 best_score = score
-                save("best.pt", step)
+                save("best.pt")
     bar.close()
     if rank == 0:
-        result = final_result(evaluations, settings["steps"])
-        result |= {"dataset": notes["dataset"], "lm": notes["lm"], "data": about}
-        result |= {"seconds_training": time.time() - started - evaluating}
-        result |= {"seconds_evaluating": evaluating}
-        write_json(folder / "result.json", result)
-        averaged = f"mean of {result['evaluations_averaged']} evaluations in the last 20 % of steps"
-        print(f"\n{'target':>8} {'return':>8} {'score':>7}   {averaged}")
-        for r in result["targets"]:
-            print(f"{r['target']:8g} {r['return_mean']:8.1f} {r['score']:7.1f}")
-        print(f"{'dataset':>8} {about['return_mean']:8.1f} {about['score']:7.1f}   its episodes")
-        print(f"score {result['score']:.1f}, of target {result['target']:g}; ", end="")
-        print(f"best single evaluation {result['best_single_evaluation']:.1f}")
-        print(f"{time.time() - started:.0f} s, of which {evaluating:.0f} s evaluating")
-        print(f"next: python evaluate.py {folder / 'ckpt.pt'}")
+        seconds = time.time() - started
+        end_run(folder, settings, task, notes, data, evaluations, seconds, evaluating)
     if world > 1:
         dist.destroy_process_group()
 

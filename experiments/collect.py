@@ -24,7 +24,7 @@ import torch
 from tqdm import tqdm
 
 from data import BUNDLED
-from plumbing import Parser, UserError, run_command, write_atomically
+from plumbing import Parser, UserError, run_command, write_atomically, write_json
 from tasks import TASKS, find_task, make_env, normalised_score
 
 POLICIES = BUNDLED.parent / "policies"
@@ -211,9 +211,8 @@ def record(name, task, steps, seed, bundle):
         "score": normalised_score(task, returns.mean()),
         "versions": {p: version(p) for p in ("minari", "gymnasium", "mujoco", "numpy")},
     }
-    text = json.dumps(about, indent=1) + "\n"
-    write_atomically(folder / "about.json", lambda path: Path(path).write_text(text))
-    print(f"wrote {folder}\n{text}")
+    write_json(folder / "about.json", about)
+    print(f"wrote {folder}\n{json.dumps(about, indent=1)}")
 
 
 def main():
