@@ -11,6 +11,7 @@ Text. A file is tokenised once into a file of 16-bit tokens, kept in a cache and
 import hashlib
 import json
 import os
+import shutil
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +25,11 @@ from plumbing import UserError, first_line, network_available, write_atomically
 BUNDLED = Path(__file__).parent / "assets" / "minari"  # datasets that come with the project
 WIKITEXT = "Salesforce/wikitext"  # on the hub: WikiText-103 (Merity et al. 2017), raw, CC BY-SA
 WIKITEXT_FILES = [f"wikitext-103-raw-v1/train-0000{i}-of-00002.parquet" for i in range(2)]
+GPT2 = "openai-community/gpt2"  # on the hub: its byte-pair encoding
+TIKTOKEN_FILES = (  # ... which tiktoken keeps under the SHA-1 of OpenAI's addresses of it
+    "6d1cbeee0f20b3d9449abfede4726ed8212e3aee",  # vocab.bpe
+    "6c7ea1a7e38e3a7f062df639a5b80947f075ffe6",  # encoder.json
+)
 CHUNK = 1 << 20  # characters tokenised at a time
 
 
@@ -52,53 +58,86 @@ def find_dataset(task, ratio, name="auto"):
     """The Minari dataset to train on: found, fetched, or the bundled one.
 
     task: a row of tasks.TASKS; ratio: the share of the full dataset wanted, in (0, 1]; name: a
-    Minari id or a folder, which is found, fetched or an error, or "auto": in this
-    order the task's dataset in Minari's folder, its download, the set experiments/collect.py
-    records, and, for ratios that it can serve, the bundled part of that.
-    Returns (MinariDataset, share, note): share is how much of the full dataset it holds, note one
-    line that says what was taken and why.
-    Raises UserError, naming the command that would help, if there is none.
+    Minari id or a folder, which is found, fetched or an error, or "auto": in this order the task's
+    dataset in Minari's folder, its download, the set that experiments/collect.py records, and the
+    bundled part of that. Returns (MinariDataset, share, note): share is how much of a full dataset
+    it holds (its about.json may say so), note one line that says what was taken and why.
+    Raises UserError, naming the command that would help, if there is none or it is too small.
     """
-    import minari
-
-    def read(folder):
-        try:
-            return minari.MinariDataset(Path(folder) / "data")
-        except Exception as error:  # Minari raises many kinds for a damaged dataset
-            raise UserError(
-                f"{folder} is no readable Minari dataset: {first_line(error)}"
-            ) from error
-
     local = Path(os.environ.get("MINARI_DATASETS_PATH") or Path.home() / ".minari" / "datasets")
-    named = name != "auto"
-    wanted = name if named else task.dataset
-    if named and (Path(name) / "data").is_dir():
-        return read(name), 1.0, f"{name}, as asked"
-    if (local / wanted / "data").is_dir():
-        return read(local / wanted), 1.0, f"{wanted} from {local}"
+    wanted = task.dataset if name == "auto" else name
+
+    def taken(folder, note):
+        share = 1.0
+        if (folder / "about.json").is_file():
+            share = min(1.0, json.loads((folder / "about.json").read_text())["share"])
+        if ratio > share:
+            raise UserError(
+                f"{note}: it is {share:g} of a full dataset and serves ratios up to {share:g}, not "
+                f"{ratio:g}; use --ratio {share:g}, or record a full one: {task.collect_command}"
+            )
+        return read_dataset(folder), share, note
+
+    if name != "auto":
+        for folder in (Path(name), local / name, BUNDLED / name):
+            if is_dataset(folder):
+                return taken(folder, f"{name} in {folder}, as asked")
+    elif is_dataset(local / wanted):
+        return taken(local / wanted, f"{wanted} in {local}")
     if network_available():
         try:
-            minari.download_dataset(wanted)
-            return read(local / wanted), 1.0, f"{wanted}, downloaded to {local}"
+            folder = download_dataset(wanted, local)
         except Exception as error:  # the hub's, Minari's and the disk's errors alike
             why = f"{wanted} could not be downloaded ({first_line(error)})"
+        else:
+            return taken(folder, f"{wanted}, downloaded to {local}")
     else:
         why = f"{wanted} is not in {local} and there is no network"
-    if named:
+    if name != "auto":
         raise UserError(
-            f"{why}; run `minari download {name}` where there is a network and copy the folder to "
-            f"{local / name}, or give a dataset's folder: --dataset FOLDER"
+            f"{why}; give a dataset's folder, or run `minari download {name}` where there is a "
+            f"network and copy it to {local / name}"
         )
-    if (local / task.collected / "data").is_dir():
-        return read(local / task.collected), 1.0, f"{task.collected} from {local}, since {why}"
-    bundled = BUNDLED / task.bundled
-    share = json.loads((bundled / "about.json").read_text())["share"]
-    if ratio > share:
-        raise UserError(
-            f"{why}, and the bundled part serves ratios up to {share:g}, not {ratio:g}; use "
-            f"--ratio {share:g}, or record the full set: {task.collect_command}"
-        )
-    return read(bundled), share, f"the bundled {task.bundled} ({share:.0%} of a set), since {why}"
+    if is_dataset(local / task.collected):
+        return taken(local / task.collected, f"{task.collected} in {local}, since {why}")
+    return taken(BUNDLED / task.bundled, f"the bundled {task.bundled}, since {why}")
+
+
+def is_dataset(folder):
+    """Whether a folder holds a Minari dataset whole: its metadata and something it describes."""
+    data = folder / "data"
+    return (data / "metadata.json").is_file() and len(list(data.iterdir())) > 1
+
+
+def read_dataset(folder):
+    """The MinariDataset in a folder. Raises UserError for one that is damaged."""
+    import minari
+
+    try:
+        return minari.MinariDataset(folder / "data")
+    except Exception as error:  # Minari raises many kinds
+        raise UserError(f"{folder} is no readable Minari dataset: {first_line(error)}") from error
+
+
+def download_dataset(name, local):
+    """Download a Minari dataset into folder `local`, whole or not at all. Returns where it is."""
+    import minari
+
+    local.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=local, prefix=".download-") as aside:
+        before = os.environ.get("MINARI_DATASETS_PATH")
+        os.environ["MINARI_DATASETS_PATH"] = aside  # Minari itself downloads in place
+        try:
+            minari.download_dataset(name)
+        finally:
+            del os.environ["MINARI_DATASETS_PATH"]
+            if before is not None:
+                os.environ["MINARI_DATASETS_PATH"] = before
+        if not is_dataset(local / name):  # else another process was faster
+            shutil.rmtree(local / name, ignore_errors=True)  # what an interrupted one left
+            (local / name).parent.mkdir(parents=True, exist_ok=True)
+            os.rename(Path(aside) / name, local / name)
+    return local / name
 
 
 def read_episodes(dataset, indices):
@@ -236,21 +275,37 @@ def get_encoding(vocab_size):
         )
     folder = os.environ.get("TIKTOKEN_CACHE_DIR") or os.environ.get("DATA_GYM_CACHE_DIR")
     folder = Path(folder or Path(tempfile.gettempdir()) / "data-gym-cache")  # tiktoken's own rule
-    names = (  # tiktoken keeps a file under the SHA-1 of its address: these are vocab.bpe's, ...
-        "6d1cbeee0f20b3d9449abfede4726ed8212e3aee",
-        "6c7ea1a7e38e3a7f062df639a5b80947f075ffe6",  # ... and encoder.json's
-    )
-    advice = f"put tiktoken's files {' and '.join(names)} in a folder and set TIKTOKEN_CACHE_DIR"
-    if not all((folder / name).is_file() for name in names) and not network_available():
-        raise UserError(f"GPT-2's BPE is not in {folder} and there is no network; {advice} to it")
-    try:
+    if all((folder / name).is_file() for name in TIKTOKEN_FILES):
         return tiktoken.get_encoding("gpt2")
-    except Exception as error:  # requests' many kinds; a hash that differs
-        why = f"GPT-2's BPE could not be fetched ({first_line(error)})"
-        raise UserError(f"{why}; {advice} to it") from error
+    # The hub has the same two files, and its client mirrors, proxies and a cache for them.
+    from huggingface_hub import hf_hub_download, try_to_load_from_cache
+    from tiktoken.load import data_gym_to_mergeable_bpe_ranks
+    from tiktoken_ext.openai_public import r50k_pat_str
+
+    names = ("merges.txt", "vocab.json")
+    cached = all(isinstance(try_to_load_from_cache(GPT2, name), str) for name in names)
+    why = (
+        f"GPT-2's BPE is neither in {folder} nor in the Hugging Face cache, and there is no network"
+    )
+    if cached or network_available():
+        try:
+            merges, vocabulary = (
+                hf_hub_download(GPT2, name, local_files_only=cached) for name in names
+            )
+            ranks = data_gym_to_mergeable_bpe_ranks(merges, vocabulary)
+            special = {"<|endoftext|>": 50256}
+            return tiktoken.Encoding(
+                "gpt2", pat_str=r50k_pat_str, mergeable_ranks=ranks, special_tokens=special
+            )
+        except Exception as error:  # the hub client's and its transport's many kinds
+            why = f"GPT-2's BPE could not be fetched ({first_line(error)})"
+    raise UserError(
+        f"{why}; run `hf download {GPT2} {' '.join(names)}` where there is one, or put tiktoken's "
+        f"files {' and '.join(TIKTOKEN_FILES)} in a folder and set TIKTOKEN_CACHE_DIR to it"
+    )
 
 
-def find_text(corpus, mini):
+def find_text(corpus, byte_level):
     """The text to learn language from.
 
     corpus: a file, "wikitext" (WikiText-103), "english" (the manual pages every Python has), or
@@ -278,30 +333,29 @@ def find_text(corpus, mini):
             except Exception as error:  # the hub client's and its transport's errors alike
                 why = f"WikiText-103 could not be downloaded ({first_line(error)})"
             else:
-                write_atomically(wikitext, lambda path: parquet_to_text(files, path))
+                write_atomically(wikitext, lambda file: parquet_to_text(files, file))
                 return wikitext, f"WikiText-103 from the hub, kept as {wikitext}"
         else:
             why = "WikiText-103 is not cached and there is no network"
-        if corpus == "wikitext" or not mini:
+        if corpus == "wikitext" or not byte_level:
             raise UserError(f"{why}; give any text: --corpus FILE, or do without: --lm-coef 0")
     from pydoc_data import topics
 
     text = "\n\n".join(topics.topics[key] for key in sorted(topics.topics)).encode()
     path = cache_folder() / f"python-manual-{hashlib.sha256(text).hexdigest()[:16]}.txt"
     if not path.is_file():
-        write_atomically(path, lambda temporary: Path(temporary).write_bytes(text))
+        write_atomically(path, lambda file: file.write(text))
     note = "as asked" if corpus == "english" else f"since {why}"
     return path, f"the Python manual (pydoc_data.topics, {len(text) / 1e6:.1f} MB), {note}"
 
 
-def parquet_to_text(files, path):
-    """The column `text` of parquet files, in order, as one UTF-8 text file."""
+def parquet_to_text(files, out):
+    """The column `text` of parquet files, in order, as UTF-8 into an open binary file."""
     import pyarrow.parquet as pq
 
-    with open(path, "w", encoding="utf-8", newline="") as out:
-        for file in files:
-            for rows in pq.ParquetFile(file).iter_batches(columns=["text"]):
-                out.writelines(rows["text"].to_pylist())
+    for file in files:
+        for rows in pq.ParquetFile(file).iter_batches(columns=["text"]):
+            out.writelines(text.encode() for text in rows["text"].to_pylist())
 
 
 def tokenise(path, encoding):
@@ -321,13 +375,13 @@ def tokenise(path, encoding):
         raise UserError(f"the text {path} is empty")
     cached = cache_folder() / "tokens" / f"{digest[:32]}-{encoding.name}.bin"
 
-    def write(temporary):
+    def write(file):
         name = f"tokenising {path.name}"
         bar = tqdm(total=size, unit="B", unit_scale=True, desc=name, delay=1)
-        with bar, open(path, encoding="utf-8", newline="") as text, open(temporary, "wb") as file:
+        with bar, open(path, encoding="utf-8", newline="") as text:
             while chunk := text.read(CHUNK):
                 chunk += text.readline()  # cut at line ends, so that no word is cut
-                np.array(encoding.encode_ordinary(chunk), np.uint16).tofile(file)
+                file.write(np.array(encoding.encode_ordinary(chunk), np.uint16).tobytes())
                 bar.update(len(chunk.encode()))
 
     if not cached.exists():

@@ -18,11 +18,11 @@ from data import find_text, get_encoding, tokenise
 from load_gpt2 import TEXT_TOKENS, find_config, fingerprint, load_gpt2, talk
 from lora import inject_lora, mark_trainable, merged
 from model import GPT, LaMo
-from plumbing import Parser, UserError, choose_device, run_command
+from plumbing import Parser, UserError, check_numbers, choose_device, run_command
 from tasks import find_task, make_env, make_vector_env, normalised_score
 
 FORMAT = "lamo-checkpoint-1"  # what ckpt["format"] says; a change of layout changes it
-SEED = 1000  # the first episode's environment seed; episode i of every target gets SEED + i
+SEED = 1_000_000  # the first episode's environment seed, far from those data is recorded with
 
 
 # --- rollouts ------------------------------------------------------------------------------------
@@ -172,22 +172,18 @@ def build_model(settings, obs_dim, act_dim):
     return model, base
 
 
-def trained_state(model):
-    """The tensors a checkpoint holds: those that are trained, and no frozen one."""
-    return {k: p.detach().cpu().clone() for k, p in model.named_parameters() if p.requires_grad}
+def checkpoint_names(model, train):
+    """Names of the parameters a checkpoint holds: those trained, and no frozen base.
+
+    With train "all" it is every one, wte and wpe too, so that such a checkpoint needs no base.
+    """
+    return {n for n, p in model.named_parameters() if p.requires_grad or train == "all"}
 
 
-def load_trained_state(model, state, path):
-    """Put a checkpoint's tensors into a built model. Raises UserError unless they fit exactly."""
-    parameters = {k: p for k, p in model.named_parameters() if p.requires_grad}
-    for key in sorted(parameters.keys() ^ state.keys()):
-        where = "lacks" if key in parameters else "has a tensor the model does not know:"
-        raise UserError(f"{path} {where} {key}; it is damaged or from another version")
-    for key, parameter in parameters.items():
-        if parameter.shape != state[key].shape:
-            found, expected = tuple(state[key].shape), tuple(parameter.shape)
-            raise UserError(f"{path}: {key} is {found}, expected {expected}")
-        parameter.data.copy_(state[key])
+def trained_state(model, train):
+    """The tensors of a checkpoint, on the CPU."""
+    names = checkpoint_names(model, train)
+    return {n: p.detach().cpu().clone() for n, p in model.named_parameters() if n in names}
 
 
 def read_checkpoint(path):
@@ -195,41 +191,46 @@ def read_checkpoint(path):
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError as error:
-        raise UserError(
-            f"there is no checkpoint {path}; train.py prints where it puts them"
-        ) from error
+        raise UserError(f"there is no checkpoint {path}; train.py prints where it is") from error
     except Exception as error:  # truncated zip, pickled code, a folder: torch.load has many kinds
         raise UserError(f"{path} is no readable checkpoint: damaged, or not train.py's") from error
     if not isinstance(checkpoint, dict) or checkpoint.get("format") != FORMAT:
         raise UserError(f"{path} is not a checkpoint of this project's ({FORMAT})")
-    missing = {
-        "settings",
-        "chosen",
-        "base",
-        "model",
-        "obs_mean",
-        "obs_std",
-        "step",
-    } - checkpoint.keys()
-    if missing:
-        raise UserError(f"{path} lacks {', '.join(sorted(missing))}; it is damaged")
+    kinds = {"settings": dict, "chosen": dict, "base": dict, "model": dict, "step": int}
+    kinds |= {"act_dim": int, "obs_mean": torch.Tensor, "obs_std": torch.Tensor}
+    wrong = [k for k, kind in kinds.items() if not isinstance(checkpoint.get(k), kind)]
+    wrong += [k for k, t in checkpoint.get("model", {}).items() if not torch.is_tensor(t)]
+    if wrong or checkpoint["obs_mean"].shape != checkpoint["obs_std"].shape:
+        raise UserError(f"{path} lacks {', '.join(wrong) or 'obs_std'} as it should be: damaged")
     return checkpoint
 
 
 def load_model(path, checkpoint):
     """The LaMo of a checkpoint (from read_checkpoint), on the CPU.
 
-    Raises UserError if the language model underneath is not to be had or is not the same one.
+    Raises UserError if its tensors do not fit, or if the language model underneath is not to be
+    had or is not the same one.
     """
-    settings = checkpoint["settings"]
+    settings, train = checkpoint["settings"], checkpoint["settings"]["train"]
+    if train == "all":  # nothing of the base is left: only its shape matters
+        settings = settings | {"pretrained": False}
     obs_dim, act_dim = len(checkpoint["obs_mean"]), checkpoint["act_dim"]
     model, base = build_model(settings, obs_dim, act_dim)
-    if base["sha256"] != checkpoint["base"]["sha256"]:
+    if train != "all" and base["sha256"] != checkpoint["base"]["sha256"]:
         raise UserError(
-            f"{path} was trained on other weights of {checkpoint['base']['lm']}: SHA-256 "
+            f"{path} was trained on other weights ({checkpoint['base']['lm']}): SHA-256 "
             f"{checkpoint['base']['sha256'][:12]}, found {base['sha256'][:12]}"
         )
-    load_trained_state(model, checkpoint["model"], path)
+    names, state = checkpoint_names(model, train), checkpoint["model"]
+    parameters = dict(model.named_parameters())
+    for name in sorted(names ^ state.keys()):
+        where = "lacks" if name in names else "has a tensor the model does not know:"
+        raise UserError(f"{path} {where} {name}; it is damaged or from another version")
+    for name, tensor in state.items():
+        if tensor.shape != parameters[name].shape:
+            found, expected = tuple(tensor.shape), tuple(parameters[name].shape)
+            raise UserError(f"{path}: {name} is {found}, expected {expected}")
+        parameters[name].data.copy_(tensor)
     return model
 
 
@@ -250,35 +251,27 @@ def main():
         help=f"environment seed of the first episode (default {SEED}, as in training)",
     )
     add("--lm", help="where the language model's weights are (default: as in training)")
-    add("--device", help="cuda or cpu (default: cuda if there is one)")
+    add("--device", default="auto", help="cuda or cpu (default: cuda if there is one)")
     add("--json", action="store_true", help="print one JSON object instead of a table")
     add("--prompt", help="do not act but continue this text, before and after training")
     add("--tokens", type=int, default=100, help="with --prompt: how many to add (default 100)")
     add(
         "--corpus",
-        help="with --prompt: the text to measure perplexity on (default: the run's kind)",
+        default="english",
+        help="with --prompt: perplexity on a file, wikitext or english",
     )
     args = parser.parse_args()
+    check_numbers(vars(args), may_be_zero=("seed", "target"))
     checkpoint = read_checkpoint(args.checkpoint)
     settings, step = checkpoint["settings"], checkpoint["step"]
     if args.env and args.env != settings["env"]:
         raise UserError(f"{args.checkpoint} was trained on {settings['env']}, not {args.env}")
     if args.lm:
         settings["lm"] = args.lm
-    task = find_task(settings["env"])
-    device = choose_device(args.device)
+    task, device = find_task(settings["env"]), choose_device(args.device)
     model = load_model(args.checkpoint, checkpoint).to(device)
-
     if args.prompt is not None:
-        before, _ = build_model(settings, len(checkpoint["obs_mean"]), checkpoint["act_dim"])
-        encoding = get_encoding(before.gpt.config.vocab_size)
-        path, note = find_text(args.corpus or settings["corpus"], settings["lm"] == "mini")
-        tokens = tokenise(path, encoding)[:TEXT_TOKENS]
-        print(f"perplexity per token, on the first {len(tokens)} tokens of {note}")
-        for when, lamo in (("before training", before.to(device)), (f"after {step} steps", model)):
-            with merged(lamo):
-                text, perplexity = talk(lamo.gpt, args.prompt, args.tokens, tokens, encoding)
-            print(f"\n--- {when}: perplexity {perplexity:.2f}\n{text}")
+        compare_language(args, checkpoint, model)
         return
 
     env = make_env(task)
@@ -286,21 +279,37 @@ def main():
     if shapes != (env.observation_space.shape, env.action_space.shape):
         raise UserError(f"{args.checkpoint} has spaces {shapes}, not those of {task.env_id}")
     env.close()
-    targets = args.target or settings["targets"]
-    episodes = settings["episodes"] if args.episodes is None else args.episodes
-    if episodes < 1:
-        raise UserError(f"--episodes is {episodes}, but must be at least 1")
     stats = checkpoint["obs_mean"].to(device), checkpoint["obs_std"].to(device)
+    targets = args.target or settings["targets"]
+    episodes, quiet = args.episodes or settings["episodes"], args.json
     results = rollout(
-        model, task, settings, *stats, targets, episodes, args.seed, progress=not args.json
+        model, task, settings, *stats, targets, episodes, args.seed, progress=not quiet
     )
     if args.json:
         print(json.dumps({"checkpoint": args.checkpoint, "step": step, "results": results}))
         return
-    print(
-        f"{settings['env']}, {settings['method']}, step {step}; {checkpoint['chosen']['dataset']}"
-    )
+    print(f"{settings['env']}, {settings['method']}, step {step}")
+    print(f"trained on {checkpoint['chosen'].get('dataset')}")
     print_table(results)
+
+
+def compare_language(args, checkpoint, model):
+    """Print what the language model says, and how well it knows a text, before and after training.
+
+    Before training is the base with untrained LoRA, which changes nothing.
+    """
+    device = model.gpt.wte.weight.device
+    obs_dim, act_dim = len(checkpoint["obs_mean"]), checkpoint["act_dim"]
+    before, _ = build_model(checkpoint["settings"], obs_dim, act_dim)
+    encoding = get_encoding(before.gpt.config.vocab_size)
+    path, note = find_text(args.corpus, byte_level=True)
+    tokens = tokenise(path, encoding)[:TEXT_TOKENS]
+    print(f"perplexity per token, on the first {len(tokens)} tokens of {note}")
+    steps = f"after {checkpoint['step']} steps"
+    for when, lamo in (("before training", before.to(device)), (steps, model)):
+        with merged(lamo):
+            text, perplexity = talk(lamo.gpt, args.prompt, args.tokens, tokens, encoding)
+        print(f"\n--- {when}: perplexity {perplexity:.2f}\n{text}")
 
 
 if __name__ == "__main__":

@@ -11,7 +11,6 @@ every tensor of the file is used or checked: what is missing, left over or missh
 import hashlib
 import json
 import math
-import pickle
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -37,6 +36,7 @@ HUB = {  # name: (repository, config); sizes: Radford et al. 2019, table 2; Dist
     "distilgpt2": ("distilbert/distilgpt2", GPTConfig(6, 12, 768)),
 }
 DT = GPTConfig(3, 1, 128, vocab_size=257)  # the Decision Transformer's body (paper, table 9)
+NAMES = [*HUB, "mini", "dt"]  # dt is a shape: it has no weights
 MINI = Path(__file__).parent / "assets" / "mini-lm.safetensors"  # made by experiments/pretrain.py
 WEIGHTS = "model.safetensors"  # the file's name in each repository
 TEXT_TOKENS = 16_384  # how much of a text the perplexity is measured on
@@ -84,7 +84,7 @@ def find_weights(name_or_path):
         return path
     if path.suffix or path.parent != Path("."):
         raise UserError(f"there is no weights file {path}; give a .safetensors or .bin file")
-    choose("lm", name_or_path, [*HUB, "mini", "or a path"])
+    choose("lm", name_or_path, NAMES)
 
 
 def read_tensors(path):
@@ -92,7 +92,7 @@ def read_tensors(path):
 
     Raises UserError for a file that is neither or is damaged.
     """
-    from safetensors import SafetensorError, safe_open
+    from safetensors import safe_open
 
     try:
         if path.suffix == ".safetensors":
@@ -100,41 +100,47 @@ def read_tensors(path):
                 names = file.keys()
                 return {name: file.get_tensor(name) for name in names}, file.metadata() or {}
         tensors = torch.load(path, map_location="cpu", weights_only=True)
-    except (SafetensorError, RuntimeError, OSError, EOFError, ValueError, KeyError) as error:
-        why = first_line(error)
+    except Exception as error:  # of many kinds, for as many kinds of damage; code is refused here
+        why = "damaged, or it holds something other than tensors"
         raise UserError(f"{path} is no readable .safetensors or .bin file: {why}") from error
-    except pickle.UnpicklingError as error:  # what weights_only=True refuses to run
-        raise UserError(f"{path} holds something other than tensors; refused") from error
     if not isinstance(tensors, dict) or not all(torch.is_tensor(t) for t in tensors.values()):
         raise UserError(f"{path} is no state dict: expected a dictionary of tensors")
-    return tensors, {}
+    return {str(name): tensor for name, tensor in tensors.items()}, {}
 
 
 def read_config(path, tensors, metadata):
-    """The GPTConfig of a weights file: sizes from its tensors, the number of heads from beside it.
+    """The GPTConfig of a weights file: what stands beside it, which must agree with its tensors.
 
-    The number of heads leaves no trace in the tensors. It is read from the file's own metadata,
+    The number of heads leaves no trace in the tensors, so it is read from the file's own metadata,
     a config.json next to it, or, for OpenAI's widths, the published sizes; else UserError.
     """
-    if "wte.weight" not in tensors or "wpe.weight" not in tensors:
-        raise UserError(f"{path} is no GPT-2: wte.weight and wpe.weight are not both there")
-    layers = {int(key.split(".")[1]) for key in tensors if key.startswith("h.")}
+    for name in ("wte.weight", "wpe.weight"):
+        if name not in tensors or tensors[name].dim() != 2:
+            raise UserError(f"{path} is no GPT-2: it has no matrix {name}")
     vocab_size, n_embd = tensors["wte.weight"].shape
-    n_head = {config.n_embd: config.n_head for _, config in HUB.values()}.get(n_embd)
-    beside = path.parent / "config.json"
-    if "config" in metadata:
-        n_head = json.loads(metadata["config"])["n_head"]
-    elif beside.is_file():
-        n_head = json.loads(beside.read_text())["n_head"]
+    block_size = len(tensors["wpe.weight"])
+    layers = {key.split(".")[1] for key in tensors if key.startswith("h.")}
+    found = {"n_layer": len(layers), "n_embd": n_embd, "vocab_size": vocab_size}
+    said, source = {}, path
+    try:
+        if "config" in metadata:
+            said = dict(json.loads(metadata["config"]))
+        elif (path.parent / "config.json").is_file():
+            source = path.parent / "config.json"
+            said = dict(json.loads(source.read_text()))
+            block_size = said.get("n_positions", block_size)
+    except (ValueError, TypeError) as error:
+        raise UserError(f"the configuration in {source} is no JSON object") from error
+    for key, value in found.items():
+        if said.get(key, value) != value:
+            raise UserError(f"{path} has {key} {value}, but {source} says {said[key]}")
+    published = {config.n_embd: config.n_head for _, config in HUB.values()}
+    n_head = said.get("n_head", published.get(n_embd))
     if n_head is None:
         raise UserError(f"{path} does not say its number of heads; put its config.json beside it")
-    return GPTConfig(
-        n_layer=len(layers),
-        n_head=n_head,
-        n_embd=n_embd,
-        vocab_size=vocab_size,
-        block_size=len(tensors["wpe.weight"]),
-    )
+    if type(n_head) is not int or n_head < 1 or n_embd % n_head:
+        raise UserError(f"{source} says n_head {n_head}, which does not divide n_embd {n_embd}")
+    return GPTConfig(n_head=n_head, block_size=block_size, **found)
 
 
 def find_config(name_or_path):
@@ -167,18 +173,20 @@ def load_gpt2(name_or_path, dropout=0.1):
     for key, parameter in gpt.state_dict().items():
         if key not in tensors:
             raise UserError(f"{path} lacks the tensor {key}")
-        tensor = tensors.pop(key).float()
-        tensor = tensor.t() if key.endswith(CONV1D) else tensor
-        if tensor.shape != parameter.shape:
-            expected, found = tuple(parameter.shape), tuple(tensor.shape)
-            raise UserError(f"{path}: {key} is {found}, expected {expected} (as nn.Linear has it)")
-        state[key] = tensor.contiguous()
+        tensor, expected = tensors.pop(key).float(), parameter.shape
+        transposed = key.endswith(CONV1D)
+        expected = tuple(reversed(expected)) if transposed else tuple(expected)
+        if tuple(tensor.shape) != expected:
+            raise UserError(f"{path}: {key} is {tuple(tensor.shape)}, expected {expected}")
+        state[key] = (tensor.t() if transposed else tensor).contiguous()
     for key, tensor in tensors.items():  # what may be left: the tied head and the causal masks
         if key == "lm_head.weight" and torch.equal(tensor.float(), state["wte.weight"]):
             continue
         if key.endswith(("attn.bias", "attn.masked_bias")) and key.split(".")[0] == "h":
-            T = config.block_size
-            if tensor.numel() == 1 or torch.equal(tensor.view(T, T), tensor.view(T, T).tril()):
+            T = config.block_size  # (1, 1, T, T) of ones below the diagonal, or one large number
+            if tensor.numel() == 1 or (
+                tensor.shape[-2:] == (T, T) and torch.equal(tensor, tensor.tril())
+            ):
                 continue
         raise UserError(f"{path} holds a tensor GPT-2 has no use for: {key} {tuple(tensor.shape)}")
     gpt.load_state_dict(state, assign=True)
@@ -190,14 +198,14 @@ def save_gpt2(gpt, path, about):
 
     about: dictionary of strings kept in the header (where the weights come from).
     """
-    from safetensors.torch import save_file
+    from safetensors.torch import save
 
     tensors = {
         key: (tensor.t() if key.endswith(CONV1D) else tensor).contiguous()
         for key, tensor in gpt.state_dict().items()
     }
     metadata = {"format": "pt", "config": json.dumps(asdict(gpt.config)), **about}
-    write_atomically(path, lambda temporary: save_file(tensors, temporary, metadata))
+    write_atomically(path, lambda file: file.write(save(tensors, metadata)))
 
 
 def fingerprint(gpt):
@@ -213,8 +221,11 @@ def talk(gpt, prompt, n, tokens, encoding, seed=0):
     """What a GPT has to say, and how well it knows a text.
 
     prompt: str, continued by n tokens (sampled at temperature 0.8 from the 40 likeliest, by the
-    seed); tokens (N,): a text's. Returns (str, perplexity per token).
+    seed); tokens (N,): a text's. Returns (str, perplexity per token). Raises UserError for an empty
+    prompt and a text of less than 2 tokens.
     """
+    if not prompt or len(tokens) < 2:
+        raise UserError("the prompt and the text must not be empty: one token, or two, at least")
     gpt.eval()
     start = torch.tensor([encoding.encode_ordinary(prompt)], device=gpt.wte.weight.device)
     generator = torch.Generator(gpt.wte.weight.device).manual_seed(seed)
@@ -236,7 +247,7 @@ def main():
     gpt = load_gpt2(args.lm)
     print(f"{args.lm}: {sum(p.numel() for p in gpt.parameters()):,} parameters, {gpt.config}")
     encoding = get_encoding(gpt.config.vocab_size)
-    path, _ = find_text(args.text or "english", mini=True)
+    path, _ = find_text(args.text or "english", byte_level=True)
     tokens = tokenise(path, encoding)[:TEXT_TOKENS]
     text, perplexity = talk(gpt, args.prompt, args.tokens, tokens, encoding)
     print(f"perplexity {perplexity:.2f} per token on the first {len(tokens)} tokens of {path}")

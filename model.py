@@ -154,8 +154,8 @@ class GPT(nn.Module):
 def text_loss(gpt, tokens, batch=4):
     """Mean next-token cross-entropy of a text, in nats a token; exp of it is the perplexity.
 
-    tokens (N,) integers (NumPy, memory-mapped or not), read in consecutive blocks of block_size, so
-    the first token of a block is predicted by the last of the one before it only as its context.
+    tokens (N,) integers, a NumPy array, memory-mapped or not. Read in consecutive blocks of
+    block_size: each token but the first is predicted once, from those before it in its block.
     Runs in evaluation mode and leaves the mode as it was. Raises ValueError below 2 tokens.
     """
     if len(tokens) < 2:

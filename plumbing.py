@@ -9,13 +9,12 @@ import difflib
 import functools
 import inspect
 import json
+import math
 import os
 import re
 import sys
 import tempfile
 import threading
-import urllib.error
-import urllib.request
 from dataclasses import fields
 from pathlib import Path
 
@@ -59,7 +58,8 @@ def parse_flags(config, prog, description):
     """The flags that were typed, as a dictionary, for a dataclass of settings.
 
     Every field is a flag; its help is the comment beside it in the source, its group the comment
-    line above. So the class is all there is to read. `name: list[float]` takes several values.
+    line above. So the class is all there is to read. `name: list[float]` takes several values, and
+    the word auto, where it is the default, counts as not typed.
     """
     parser = Parser(prog=prog, description=description)
     kinds = {field.name: field.type for field in fields(config)}
@@ -77,36 +77,63 @@ def parse_flags(config, prog, description):
                 options = {"type": inner, "nargs": "+", "metavar": inner.__name__.upper()}
             else:
                 options = {"type": kind, "metavar": kind.__name__.upper()}
-            default = default.strip('"') or "none"
+            default = default.strip('"')
             help_text = f"{comment} (default {default})".replace("%", "%%")
             flag = "--" + name.replace("_", "-")
             group.add_argument(flag, default=argparse.SUPPRESS, help=help_text, **options)
-    return vars(parser.parse_args())
+    typed = vars(parser.parse_args())
+    return {name: value for name, value in typed.items() if value != "auto"}
 
 
-def choose_device(name=None):
-    """The torch.device to work on: "cuda" or "cpu" as asked, by default cuda if there is one.
+def choose_device(name="auto"):
+    """The torch.device to work on: "cuda", "cuda:1", "cpu"; "auto" is CUDA if there is one.
 
     Raises UserError for CUDA where there is none, and for other names.
     """
-    if name is None:
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    kind = choose("device", name.split(":")[0], ["cuda", "cpu"])
-    if kind == "cuda" and not torch.cuda.is_available():
-        raise UserError("no CUDA device is available to PyTorch here; use --device cpu")
-    return torch.device(name)
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if not re.fullmatch(r"cpu|cuda(:\d+)?", name):
+        raise UserError(f"unknown device '{name}'; valid: cuda, cuda:0 (and so on), cpu")
+    device = torch.device(name)
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        n = torch.cuda.device_count()
+        raise UserError(f"--device {name}: PyTorch sees {n} CUDA devices here; use --device cpu")
+    return device
 
 
 def choose_dtype(device):
-    """Autocast's type for a device: "bf16" on CUDA and on CPUs that multiply it natively.
+    """Autocast's type for a device: "bf16" where it is multiplied natively, else "fp32".
 
-    Elsewhere "fp32": an emulated bf16 is slower.
+    An emulated bf16 (older GPUs, most CPUs) is slower than fp32.
     """
     if device.type == "cuda":
-        return "bf16"
-    features = torch.cpu.get_capabilities()
-    native = ("avx512_bf16", "amx_bf16", "sve_bf16", "bf16")
-    return "bf16" if any(features.get(name) for name in native) else "fp32"
+        native = torch.cuda.is_bf16_supported(including_emulation=False)
+    else:
+        features = torch.cpu.get_capabilities()
+        native = any(features.get(x) for x in ("avx512_bf16", "amx_bf16", "sve_bf16", "bf16"))
+    return "bf16" if native else "fp32"
+
+
+def check_numbers(settings, may_be_zero):
+    """Raises UserError, naming the flag, for a number that is not finite, negative, or zero.
+
+    settings: a dictionary, of which only numbers and lists of numbers are looked at; may_be_zero:
+    the names for which zero makes sense.
+    """
+    for name, value in settings.items():
+        flag = "--" + name.replace("_", "-")
+        if type(value) in (int, float):
+            if not math.isfinite(value) or value < 0 or (value == 0 and name not in may_be_zero):
+                least = "0 or more" if name in may_be_zero else "above 0"
+                raise UserError(f"{flag} is {value}, but must be {least}")
+            if name == "seed" and value >= 2**31:
+                raise UserError(f"{flag} is {value}, but must be below 2147483648")
+        if name.endswith("dropout") and value >= 1:
+            raise UserError(f"{flag} is {value}, but must be below 1")
+        if isinstance(value, list):
+            for x in value:
+                if isinstance(x, float) and not math.isfinite(x):
+                    raise UserError(f"{flag} has {x} in it, but must be finite")
 
 
 def choose(kind, name, valid):
@@ -123,7 +150,7 @@ def choose(kind, name, valid):
 
 
 def write_atomically(path, write):
-    """Call `write(temporary_path)`, flush it to disk, then rename it to `path`.
+    """Call write(file) on a new binary file, flush it to disk, then rename it to `path`.
 
     A reader sees the old file or the whole new one, never a part; on failure the old one stays.
     Raises UserError when the folder cannot be written to or the disk is full.
@@ -133,10 +160,10 @@ def write_atomically(path, write):
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-        os.close(handle)
-        write(temporary)
-        with open(temporary, "rb+") as file:
-            os.fsync(file.fileno())
+        with os.fdopen(handle, "w+b") as file:
+            write(file)
+            file.flush()
+            os.fsync(handle)
         umask = os.umask(0)
         os.umask(umask)
         os.chmod(temporary, 0o666 & ~umask)  # mkstemp makes files that only their owner can read
@@ -149,10 +176,18 @@ def write_atomically(path, write):
             Path(temporary).unlink(missing_ok=True)
 
 
+def check_writable(folder, flag):
+    """Raises UserError, naming the flag, if nothing could be written in `folder` (made or not)."""
+    parents = (Path(folder) / "file").absolute().parents
+    existing = next(p for p in parents if os.path.exists(p))  # Path.exists may raise, for EACCES
+    if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
+        raise UserError(f"{flag} {folder}: {existing} is not a folder that can be written to")
+
+
 def write_json(path, content):
     """Write a dictionary as indented JSON, whole or not at all (see write_atomically)."""
     text = json.dumps(content, indent=1) + "\n"
-    write_atomically(path, lambda temporary: Path(temporary).write_text(text))
+    write_atomically(path, lambda file: file.write(text.encode()))
 
 
 @functools.cache
@@ -160,21 +195,21 @@ def network_available():
     """Whether the Hugging Face hub (HF_ENDPOINT if set) answers at all; asked once a process.
 
     Hub clients retry for about 20 s without a network; this gives up after PROBE_SECONDS, however
-    long a name lookup hangs. Proxies are honoured. HF_HUB_OFFLINE=1 answers no without asking.
+    long a name lookup hangs. It asks through the hub's own client, so proxies and certificates are
+    the same. HF_HUB_OFFLINE=1 answers no without asking.
     """
-    if os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE"):
+    from huggingface_hub import constants
+    from huggingface_hub.utils import get_session
+
+    if constants.HF_HUB_OFFLINE:
         return False
     answers = []
 
     def ask():
-        url = os.environ.get("HF_ENDPOINT") or "https://huggingface.co"
         try:
-            request = urllib.request.Request(url, method="HEAD")
-            urllib.request.urlopen(request, timeout=PROBE_SECONDS).close()
+            get_session().head(constants.ENDPOINT, timeout=PROBE_SECONDS)
             answers.append(True)
-        except urllib.error.HTTPError:  # it answered, if only to complain
-            answers.append(True)
-        except (OSError, ValueError):  # nothing there, or HF_ENDPOINT is no address
+        except Exception:  # a refused or timed-out connection, a bad name, proxy or certificate
             answers.append(False)
 
     thread = threading.Thread(target=ask, daemon=True)

@@ -7,12 +7,15 @@ Everything that can be set stands in Config, each field a flag of the same name.
 main(), below it. Figures without another source are from the paper, arXiv 2310.20587, appendix C.
 """
 
+import io
 import json
 import math
 import os
+import shutil
 import sys
 import time
 from dataclasses import asdict, dataclass
+from datetime import timedelta
 from pathlib import Path
 
 import torch
@@ -34,6 +37,8 @@ from evaluate import FORMAT, build_model, final_result, rollout, trained_state
 from load_gpt2 import find_weights, is_cached
 from plumbing import (
     UserError,
+    check_numbers,
+    check_writable,
     choose,
     choose_device,
     choose_dtype,
@@ -100,6 +105,7 @@ METHODS = {  # design: what each method changes; a flag that is typed wins over 
     "lamo-random": dict(pretrained=False, train="lora", lm_coef=0.1),
     "dt": dict(lm="dt", pretrained=False, train="all", embed="linear", lm_coef=0.0),
 }
+MAY_BE_ZERO = ("seed", "lm_coef", "weight_decay", "dropout", "lora_dropout", "warmup", "targets")
 PAPER = dict(steps=100_000, warmup=2500, eval_every=2500, episodes=20, lm_length=1024, dropout=0.1)
 SHORT = dict(  # without CUDA, or with the mini LM: minutes on two CPU cores
     steps=2500, warmup=250, eval_every=500, episodes=10, lm_length=256, dropout=0.1, lr=1e-3
@@ -119,18 +125,19 @@ def resolve(typed):
     settings = asdict(Config()) | typed
     task = find_task(settings["env"])
     method = METHODS[choose("method", settings["method"], METHODS)]
-    device = choose_device(None if settings["device"] == "auto" else settings["device"])
+    device = choose_device(settings["device"])
+    known = vars(task) | method | typed
 
-    lm = (method | typed).get("lm", "auto")
+    lm = known.get("lm", "auto")
     if lm != "auto":
         why = "as asked" if "lm" in typed else f"{settings['method']}'s"
     elif device.type == "cpu":
         lm, why = "mini", "bundled; the default without CUDA"
-    elif is_cached("gpt2") or network_available():
+    elif not known["pretrained"] or is_cached("gpt2") or network_available():
         lm, why = "gpt2", "the default on CUDA"
     else:
         lm, why = "mini", "bundled; gpt2 is not cached and there is no network"
-    if lm != "dt":
+    if known["pretrained"] and lm != "dt":
         find_weights(lm)  # what cannot be had is said before anything else is done
     short = device.type == "cpu" or lm == "mini"
     notes = {"lm": f"{lm} ({why})"}
@@ -139,7 +146,10 @@ def resolve(typed):
     known = vars(task) | (SHORT if short else PAPER) | method | typed
     known |= {"lm": lm, "device": str(device)}
     known.setdefault("dtype", choose_dtype(device))
-    known.setdefault("compile", device.type == "cuda")
+    compiler = shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")
+    known.setdefault("compile", device.type == "cuda" and compiler is not None)
+    if device.type == "cuda" and compiler is None and not known["compile"]:
+        notes["compile"] = "off: torch.compile needs a C compiler (cc), and there is none"
     for name, value in settings.items():
         if value == "auto" and name not in ("dataset", "corpus"):
             settings[name] = known[name]
@@ -161,22 +171,10 @@ def check(settings):
         raise UserError(f"--ratio is {settings['ratio']:g}, but must be above 0 and at most 1")
     if settings["lm"] == "dt" and (settings["pretrained"] or settings["lm_coef"]):
         raise UserError("--lm dt is a shape without weights; add --no-pretrained --lm-coef 0")
-    may_be_zero = ("seed", "lm_coef", "weight_decay", "dropout", "lora_dropout", "warmup")
-    for name, value in settings.items():
-        flag = "--" + name.replace("_", "-")
-        if type(value) in (int, float):
-            least = "0 or more" if name in may_be_zero else "above 0"
-            if not math.isfinite(value) or value < 0 or (value == 0 and name not in may_be_zero):
-                raise UserError(f"{flag} is {value}, but must be {least}")
-        if name.endswith("dropout") and value >= 1:
-            raise UserError(f"{flag} is {value}, but must be below 1")
-    existing = next(p for p in (Path(settings["out"]) / "run").absolute().parents if p.exists())
-    if not existing.is_dir() or not os.access(existing, os.W_OK):
-        raise UserError(
-            f"--out {settings['out']}: {existing} is not a folder that can be written to"
-        )
+    check_numbers(settings, MAY_BE_ZERO)
+    check_writable(settings["out"], "--out")
     world = int(os.environ.get("WORLD_SIZE", 1))
-    for name in ("batch", "lm_batch"):
+    for name in ("batch", "lm_batch") if settings["lm_coef"] else ("batch",):
         if settings[name] % world:
             flag = "--" + name.replace("_", "-")
             raise UserError(f"{flag} {settings[name]} cannot be shared by {world} processes")
@@ -219,6 +217,16 @@ def valid_steps(valid, world):
     return count
 
 
+def check_same(base, data, tokens, device):
+    """Raises UserError unless all processes found the same language model, data and text."""
+    mine = [int(base["sha256"][:12], 16), len(data), 0 if tokens is None else len(tokens)]
+    mine = torch.tensor(mine, device=device)
+    first = mine.clone()
+    dist.broadcast(first, 0)
+    if not torch.equal(mine, first):
+        raise UserError("the processes found different models, data or text; start them again")
+
+
 # --- before and after the loop -------------------------------------------------------------------
 
 
@@ -248,8 +256,9 @@ def prepare(settings, task, notes, device):
     longest = model.gpt.config.block_size
     if settings["lm_length"] > longest:
         raise UserError(f"--lm-length is {settings['lm_length']}; the model knows {longest}")
-    text_file, notes["text"] = find_text(settings["corpus"], settings["lm"] == "mini")
-    tokens = tokenise(text_file, get_encoding(model.gpt.config.vocab_size))
+    vocab_size = model.gpt.config.vocab_size
+    text_file, notes["text"] = find_text(settings["corpus"], vocab_size == 257)
+    tokens = tokenise(text_file, get_encoding(vocab_size))
     check_text(tokens, settings["lm_length"])
     return data, model.to(device), base, tokens
 
@@ -272,6 +281,8 @@ def begin_run(settings, task, notes, data, model, base, world):
     machine = f"{settings['device']}, {settings['dtype']}, torch {torch.__version__}"
     print(f"machine  {machine}{processes}")
     print(f"trained  {n_trained:,} of {n_all:,} parameters ({n_trained / n_all:.1%})")
+    if "compile" in notes:
+        print(f"compile  {notes['compile']}")
     print(f"run      {folder}", flush=True)
     config = {
         "settings": settings,
@@ -294,17 +305,12 @@ def begin_run(settings, task, notes, data, model, base, world):
 def make_run_folder(settings):
     """A new folder under --out, named after the run. Raises UserError if it cannot be made."""
     parts = (settings["env"], settings["method"], f"{settings['ratio']:g}", f"s{settings['seed']}")
-    name = "-".join(parts) + time.strftime("-%Y%m%d-%H%M%S")
-    for suffix in ("", *(f"-{i}" for i in range(2, 100))):
-        folder = Path(settings["out"]) / (name + suffix)
-        try:
-            folder.mkdir(parents=True)
-            return folder
-        except FileExistsError:  # another run began in the same second
-            continue
-        except OSError as error:
-            raise UserError(f"cannot make {folder}: {error.strerror}; set --out") from error
-    raise UserError(f"{settings['out']} has too many runs called {name}")
+    folder = Path(settings["out"]) / ("-".join(parts) + time.strftime("-%Y%m%d-%H%M%S"))
+    try:
+        folder.mkdir(parents=True)
+    except OSError as error:
+        raise UserError(f"cannot make {folder}: {error.strerror}; set --out") from error
+    return folder
 
 
 def end_run(folder, settings, task, notes, data, evaluations, seconds, evaluating):
@@ -333,10 +339,12 @@ def main():
     settings, task, notes = resolve(parse_flags(Config, "train.py", __doc__))
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     if world > 1:  # torchrun started us
-        dist.init_process_group("nccl" if settings["device"].startswith("cuda") else "gloo")
-        if settings["device"] == "cuda":
+        cuda = settings["device"].startswith("cuda")
+        if cuda:  # each process its own, whatever --device says
             settings["device"] = f"cuda:{os.environ['LOCAL_RANK']}"
             torch.cuda.set_device(settings["device"])
+        # The others wait for the first one's downloads and evaluations: give it time.
+        dist.init_process_group("nccl" if cuda else "gloo", timeout=timedelta(hours=6))
     device = torch.device(settings["device"])
 
     if rank > 0:
@@ -344,6 +352,8 @@ def main():
     data, model, base, tokens = prepare(settings, task, notes, device)
     if rank == 0 and world > 1:
         dist.barrier()
+    if world > 1:
+        check_same(base, data, tokens, device)
 
     # Other windows, text and dropout in each process, but the same in every run.
     seed = settings["seed"] + 1_000_003 * rank
@@ -383,12 +393,14 @@ def main():
             "chosen": notes,
             "base": base,
             "step": step,
-            "model": trained_state(model),
+            "model": trained_state(model, settings["train"]),
             "obs_mean": data.obs_mean.cpu(),
             "obs_std": data.obs_std.cpu(),
             "act_dim": data.act.shape[1],
         }
-        write_atomically(folder / name, lambda path: torch.save(checkpoint, path))
+        buffer = io.BytesIO()  # torch.save reports a full disk as no error of the disk
+        torch.save(checkpoint, buffer)
+        write_atomically(folder / name, lambda file: file.write(buffer.getbuffer()))
 
     evaluations, best_score, shown = [], -math.inf, {}
     totals = torch.zeros(2, device=device)  # of the losses; reading them waits for the device

@@ -78,7 +78,7 @@ def play(env, policy, episodes, seed):
 
 def train_policy(name, task, seed):
     """Train SAC until its score lies in MEDIUM and write the actor to policy_path(name)."""
-    from safetensors.torch import save_file
+    from safetensors.torch import save
     from stable_baselines3 import SAC
     from stable_baselines3.common.callbacks import BaseCallback
 
@@ -113,7 +113,7 @@ def train_policy(name, task, seed):
     about |= {"algorithm": f"SAC, stable_baselines3 {version('stable_baselines3')}"}
     about |= {"mujoco": version("mujoco"), "torch": torch.__version__}
     actor = {k: v.detach().clone() for k, v in sac.actor.state_dict().items()}
-    write_atomically(policy_path(name), lambda path: save_file(actor, path, about))
+    write_atomically(policy_path(name), lambda file: file.write(save(actor, about)))
     print(f"wrote {policy_path(name)}: {about}")
 
 
@@ -132,8 +132,8 @@ def compress(path):
 
         return copy
 
-    def write(temporary):
-        with h5py.File(path, "r") as source, h5py.File(temporary, "w") as target:
+    def write(file):
+        with h5py.File(path, "r") as source, h5py.File(file, "w") as target:
             source.visititems(copy_to(target))
             for key, value in source.attrs.items():
                 target.attrs[key] = value

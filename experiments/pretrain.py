@@ -2,11 +2,9 @@
 
     python -m experiments.pretrain --text TEXT [TEXT ...] --heldout TEXT --out mini-lm.safetensors
 
-A plain loop: random blocks, AdamW, linear warm-up, cosine decay. Most steps use short blocks, on
-which a small model gets past letter pairs sooner and at less cost; the last learn the rest of the
-positions. The vocabulary is
-257 bytes unless --vocab-size says otherwise, so the quality is told in bits per byte of the
-held-out text, which compares across vocabularies. The result is an `--lm PATH` for train.py.
+A plain loop: random blocks, AdamW, linear warm-up, cosine decay. The vocabulary is 257 bytes unless
+--vocab-size says otherwise, so the quality is told in bits per byte of the held-out text, which
+compares across vocabularies. The result is an `--lm PATH` for train.py.
 """
 
 import json
@@ -21,7 +19,15 @@ from tqdm import tqdm
 from data import check_text, get_encoding, sample_text, tokenise
 from load_gpt2 import fingerprint, save_gpt2
 from model import GPT, GPTConfig, text_loss
-from plumbing import UserError, choose_device, choose_dtype, parse_flags, run_command
+from plumbing import (
+    UserError,
+    check_numbers,
+    check_writable,
+    choose_device,
+    choose_dtype,
+    parse_flags,
+    run_command,
+)
 
 
 @dataclass
@@ -33,17 +39,16 @@ class Config:
     n_head: int = 3  # attention heads
     n_embd: int = 192  # width
     vocab_size: int = 257  # 257 for bytes, 50257 for GPT-2's BPE
-    block_size: int = 1024  # tokens of a block
+    block_size: int = 256  # tokens of a block; GPT-2's is 1024
     dropout: float = 0.0  # while pre-training
-    steps: int = 2400  # optimiser steps
-    batch: int = 16  # blocks a step
-    short: float = 0.75  # share of the steps, from the start, with blocks cut into quarters
-    micro_batch: int = 4  # blocks at a time: bounds memory, changes nothing else
+    steps: int = 1800  # optimiser steps
+    batch: int = 64  # blocks a step
+    micro_batch: int = 16  # blocks at a time: bounds memory, changes nothing else
     lr: float = 1.5e-3  # AdamW's peak learning rate
     weight_decay: float = 0.1  # on matrices only
     warmup: int = 100  # steps of linear warm-up; then a cosine down to a tenth
     clip: float = 1.0  # the gradient's norm is clipped here
-    eval_every: int = 400  # steps between looks at the held-out text
+    eval_every: int = 300  # steps between looks at the held-out text
     log_every: int = 25  # steps between printed lines
     seed: int = 0  # of initialisation and sampling
     device: str = "auto"  # cuda or cpu
@@ -59,7 +64,13 @@ def main():
     for name in ("text", "heldout", "out"):
         if getattr(c, name) is None:
             raise UserError(f"--{name} is missing; see --help")
-    device = choose_device(None if c.device == "auto" else c.device)
+    if not c.out.endswith(".safetensors"):
+        raise UserError(f"--out is {c.out}, but must end in .safetensors")
+    check_numbers(vars(c), may_be_zero=("dropout", "seed", "weight_decay"))
+    check_writable(Path(c.out).parent, "--out")
+    device = choose_device(c.device)
+    if c.n_embd % c.n_head:
+        raise UserError(f"--n-embd {c.n_embd} is not a multiple of --n-head {c.n_head}")
     torch.manual_seed(c.seed)
     generator = torch.Generator().manual_seed(c.seed)
     encoding = get_encoding(c.vocab_size)
@@ -67,6 +78,7 @@ def main():
     heldout = np.concatenate([tokenise(path, encoding) for path in c.heldout])
     heldout_bytes = sum(Path(path).stat().st_size for path in c.heldout)
     check_text(tokens, c.block_size)
+    check_text(heldout, 1)
 
     config = GPTConfig(c.n_layer, c.n_head, c.n_embd, c.vocab_size, c.block_size, c.dropout)
     gpt = GPT(config).to(device)
@@ -89,14 +101,12 @@ def main():
         cosine = 0.55 + 0.45 * math.cos(math.pi * step / c.steps)
         for group in optimiser.param_groups:
             group["lr"] = c.lr * min(step / c.warmup, cosine)
-        cut = 4 if step <= c.short * c.steps else 1  # as many tokens, in more and shorter blocks
-        length = c.block_size // cut
-        x, y = (t.to(device) for t in sample_text(tokens, c.batch * cut, length, generator))
+        x, y = (t.to(device) for t in sample_text(tokens, c.batch, c.block_size, generator))
         mean_loss = 0.0
-        for i in range(0, len(x), c.micro_batch * cut):
-            part = slice(i, i + c.micro_batch * cut)
+        for i in range(0, c.batch, c.micro_batch):
+            part = slice(i, i + c.micro_batch)
             with autocast:
-                loss = gpt(x[part], y[part])[1] * (len(x[part]) / len(x))
+                loss = gpt(x[part], y[part])[1] * (len(x[part]) / c.batch)
             loss.backward()
             mean_loss += loss.item()
         torch.nn.utils.clip_grad_norm_(gpt.parameters(), c.clip)

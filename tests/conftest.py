@@ -1,9 +1,16 @@
 """Fixtures: files that may be absent, and where the tests keep theirs."""
 
 import os
+import tempfile
 from pathlib import Path
 
-os.environ["HF_HUB_OFFLINE"] = "1"  # before anything imports the hub's client: tests use no network
+# Before anything is imported: no network, no GPU, and folders that are not the user's.
+FOLDER = tempfile.TemporaryDirectory(prefix="lamo-tests-")
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["CUDA_VISIBLE_DEVICES"] = ""
+os.environ["OMP_NUM_THREADS"] = "1"
+os.environ["LAMO_CACHE"] = f"{FOLDER.name}/cache"
+os.environ["MINARI_DATASETS_PATH"] = f"{FOLDER.name}/minari"
 
 import pytest
 import torch
@@ -13,12 +20,7 @@ SHARED = Path(os.environ.get("LAMO_SHARED", ROOT.parent / "shared"))  # referenc
 
 
 @pytest.fixture(autouse=True)
-def _private_folders(tmp_path_factory, monkeypatch):
-    """Token caches and Minari datasets of a test run never mix with the user's."""
-    home = tmp_path_factory.getbasetemp()
-    monkeypatch.setenv("LAMO_CACHE", str(home / "cache"))
-    monkeypatch.setenv("MINARI_DATASETS_PATH", str(home / "minari"))
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+def _seed():
     torch.manual_seed(0)
 
 

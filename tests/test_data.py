@@ -1,7 +1,9 @@
 """data.py: trajectories against a slow reference, text against its own bytes and GPT-2's BPE."""
 
+import itertools
 import json
-import random
+import os
+import shutil
 from pathlib import Path
 
 import gymnasium as gym
@@ -26,6 +28,7 @@ from data import (
     get_encoding,
     load_trajectories,
     parquet_to_text,
+    read_dataset,
     returns_to_go,
     sample_text,
     sample_windows,
@@ -34,14 +37,15 @@ from data import (
 from plumbing import UserError
 from tasks import TASKS, make_env
 
+VERSION = itertools.count()  # a new name for each dataset
 OBS, ACT = gym.spaces.Box(-np.inf, np.inf, (3,)), gym.spaces.Box(-1, 1, (2,))
 
 
-def random_episode(rng, length):
+def random_episode(rng, length, rewards=None):
     return EpisodeBuffer(
         observations=rng.normal(size=(length + 1, 3)).astype(np.float32),
         actions=rng.uniform(-1, 1, size=(length, 2)).astype(np.float32),
-        rewards=rng.normal(size=length),
+        rewards=rng.normal(size=length) if rewards is None else np.array(rewards),
         terminations=np.arange(length) == length - 1,
         truncations=np.zeros(length, bool),
     )
@@ -50,7 +54,7 @@ def random_episode(rng, length):
 def make_dataset(name, episodes, observation_space=OBS, action_space=ACT):
     """A Minari dataset on disk, by Minari's own means."""
     return minari.create_dataset_from_buffers(
-        f"test/{name}-v{random.randrange(10**9)}",
+        f"test/{name}-v{next(VERSION)}",
         episodes,
         observation_space=observation_space,
         action_space=action_space,
@@ -167,6 +171,34 @@ def test_windows_equal_a_loop_over_samples(lengths, context, batch, seed):
             assert timestep[b, k] == flat.timestep[int(rtg[b, k, 0])]
 
 
+@settings(max_examples=25, deadline=None)
+@given(
+    st.lists(st.lists(st.floats(-100, 100), min_size=1, max_size=9), min_size=1, max_size=5),
+    st.sampled_from(["normal", "delayed"]),
+    st.integers(1, 8),
+    st.integers(0, 1000),
+)
+def test_windows_of_a_dataset_hold_what_its_episodes_say(rewards, mode, context, seed):
+    """From Minari's files to a batch, returns-to-go included, against a loop over samples."""
+    rng = np.random.default_rng(seed)
+    episodes = [random_episode(rng, len(r), r) for r in rewards]
+    flat = load_trajectories(make_dataset("windows", episodes), OBS, ACT, scale=10.0, mode=mode)
+    generator = torch.Generator().manual_seed(seed)
+    rtg, obs, act, timestep, valid = sample_windows(flat, 16, context, generator)
+    obs = obs * flat.obs_std + flat.obs_mean
+    for b in range(16):
+        (e,) = (i for i, x in enumerate(episodes) if (x.actions == act[b, 0].numpy()).all(1).any())
+        first, T = int(timestep[b, 0]), len(rewards[e])
+        assert valid[b].tolist() == [first + k < T for k in range(context)]
+        for k in range(min(context, T - first)):
+            t = first + k
+            earned = rewards[e] if mode == "normal" else [0.0] * (T - 1) + [sum(rewards[e])]
+            assert rtg[b, k, 0].item() == pytest.approx(sum(earned[t:]) / 10, rel=1e-4, abs=1e-4)
+            np.testing.assert_allclose(obs[b, k], episodes[e].observations[t], atol=1e-4)
+            np.testing.assert_array_equal(act[b, k], episodes[e].actions[t])
+            assert timestep[b, k] == t
+
+
 def test_first_steps_are_uniform_over_transitions():
     flat = flat_numbers([1, 30, 3, 16])
     rng = torch.Generator().manual_seed(0)
@@ -254,6 +286,10 @@ def test_bundled_set_is_what_it_says_and_serves_small_ratios_only():
     with pytest.raises(UserError, match="--steps 1000000") as caught:
         find_dataset(HOPPER, 0.02)
     assert "ratios up to 0.01, not 0.02" in str(caught.value)
+    for name in (HOPPER.bundled, str(data.BUNDLED / HOPPER.bundled)):  # by name too
+        assert find_dataset(HOPPER, 0.01, name)[1] == 0.01
+        with pytest.raises(UserError, match=r"ratios up to 0\.01"):
+            find_dataset(HOPPER, 1.0, name)
 
 
 def test_bundled_set_replays_in_the_environment():
@@ -289,13 +325,41 @@ def test_a_recorded_set_is_preferred_to_the_bundled_one(tmp_path, monkeypatch):
         assert name in note
 
 
+def test_a_download_is_whole_or_absent(tmp_path, monkeypatch):
+    """Minari's downloader puts file after file in place; here it fails, then is repeated."""
+    local = tmp_path / "datasets"
+    monkeypatch.setenv("MINARI_DATASETS_PATH", str(local))
+    rng = np.random.default_rng(0)
+
+    def download(name, whole):
+        create = minari.create_dataset_from_buffers
+        spaces = dict(observation_space=OBS, action_space=ACT, ref_min_score=0.0)
+        made = create(name, [random_episode(rng, 3)], **spaces)
+        if not whole:
+            (Path(made.spec.data_path) / "main_data.hdf5").unlink()
+            raise ConnectionError("gone")
+
+    monkeypatch.setattr(minari, "download_dataset", lambda name: download(name, whole=False))
+    with pytest.raises(ConnectionError):
+        data.download_dataset("test/set-v0", local)
+    assert [p for p in local.rglob("*") if p.is_file()] == []
+    partial = local / "test" / "set-v0" / "data"  # what an older interrupted download left
+    partial.mkdir(parents=True)
+    (partial / "metadata.json").write_text("{}")
+    monkeypatch.setattr(minari, "download_dataset", lambda name: download(name, whole=True))
+    folder = data.download_dataset("test/set-v0", local)
+    assert read_dataset(folder).total_episodes == 1
+    assert os.environ["MINARI_DATASETS_PATH"] == str(local)
+    assert not list(local.glob(".download-*"))
+
+
 def test_a_dataset_asked_for_by_name_is_found_or_an_error(five_episodes):
     dataset, _ = five_episodes
     found, share, note = find_dataset(HOPPER, 1.0, dataset.spec.dataset_id)
     assert found.spec.dataset_id == dataset.spec.dataset_id
     folder = Path(dataset.spec.data_path).parent
     found, share, note = find_dataset(HOPPER, 1.0, str(folder))
-    assert (share, note) == (1.0, f"{folder}, as asked")
+    assert (share, note) == (1.0, f"{folder} in {folder}, as asked")
     with pytest.raises(UserError, match="minari download mujoco/hopper/expert-v0"):
         find_dataset(HOPPER, 0.01, "mujoco/hopper/expert-v0")
     (folder / "data" / "main_data.hdf5").write_bytes(b"not HDF5")
@@ -319,6 +383,23 @@ def test_gpt2_bpe_gives_the_published_token_ids(shared, monkeypatch):
     encoding = get_encoding(50257)
     for case in json.loads(shared("gpt2/golden_logits.json").read_text()):
         assert encoding.encode_ordinary(case["prompt"]) == case["token_ids"]
+
+
+def test_gpt2_bpe_from_the_hub_is_the_same(shared, monkeypatch, tmp_path):
+    files = {"merges.txt": data.TIKTOKEN_FILES[0], "vocab.json": data.TIKTOKEN_FILES[1]}
+    repository = tmp_path / "models--openai-community--gpt2"
+    (repository / "snapshots" / "abc").mkdir(parents=True)
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text("abc")
+    for name, tiktoken_name in files.items():
+        shutil.copy(shared("tiktoken") / tiktoken_name, repository / "snapshots" / "abc" / name)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(tmp_path / "empty"))
+    from_hub = get_encoding(50257)
+    monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(shared("tiktoken")))
+    text = shared("text/wikitext-2-test.txt").read_text()[:50_000] + " 123 naïve 日本"
+    assert from_hub.encode_ordinary(text) == get_encoding(50257).encode_ordinary(text)
+    assert from_hub.n_vocab == 50257
 
 
 def test_gpt2_bpe_without_its_files_says_what_to_do(monkeypatch, tmp_path):
@@ -389,15 +470,15 @@ def test_every_block_can_be_drawn():
 
 
 def test_default_text_without_a_network_is_the_python_manual():
-    path, note = find_text("auto", mini=True)
+    path, note = find_text("auto", byte_level=True)
     text = path.read_text(encoding="utf-8")
     assert "The Python manual" in f"The {note.removeprefix('the ')}"
     assert "no network" in note
     assert "exception" in text
-    assert find_text("english", mini=False)[0] == path
-    for corpus, mini in (("auto", False), ("wikitext", True)):
+    assert find_text("english", byte_level=False)[0] == path
+    for corpus, byte_level in (("auto", False), ("wikitext", True)):
         with pytest.raises(UserError, match="--corpus FILE"):
-            find_text(corpus, mini)
+            find_text(corpus, byte_level)
     with pytest.raises(UserError, match="there is no text"):
         find_text(str(path) + "x", True)
 
@@ -408,5 +489,6 @@ def test_parquet_columns_become_one_text(tmp_path):
     for i, part in enumerate(rows):
         files.append(tmp_path / f"{i}.parquet")
         pq.write_table(pa.table({"text": part}), files[-1])
-    parquet_to_text(files, tmp_path / "out.txt")
+    with open(tmp_path / "out.txt", "wb") as out:
+        parquet_to_text(files, out)
     assert (tmp_path / "out.txt").read_bytes().decode() == "".join(rows[0] + rows[1])

@@ -2,6 +2,7 @@
 
 import json
 import math
+import random
 
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from transformers import GPT2Config, GPT2LMHeadModel, GPT2Model
 
-from load_gpt2 import find_config, fingerprint, is_cached, load_gpt2, save_gpt2
+from load_gpt2 import find_config, fingerprint, is_cached, load_gpt2, main, save_gpt2
 from model import GPT, GPTConfig, LaMo, text_loss
 from plumbing import UserError
 
@@ -97,41 +98,101 @@ def test_masks_and_tied_head_in_a_file_are_checked_not_loaded(tmp_path):
         load_gpt2(str(tmp_path))
 
 
-def spoil_missing(tensors):
+def missing(tensors, config):
     del tensors["h.1.mlp.c_fc.bias"]
 
 
-def spoil_shape(tensors):
+def transposed(tensors, config):
     tensors["h.1.mlp.c_fc.weight"] = tensors["h.1.mlp.c_fc.weight"].t().contiguous()
 
 
-def spoil_extra(tensors):
+def three_dimensional(tensors, config):
+    tensors["h.1.mlp.c_fc.weight"] = tensors["h.1.mlp.c_fc.weight"][None]
+
+
+def left_over(tensors, config):
     tensors["h.1.mlp.c_gate.weight"] = torch.zeros(2)
+
+
+def flat_embedding(tensors, config):
+    tensors["wte.weight"] = tensors["wte.weight"].flatten()
+
+
+def no_positions(tensors, config):
+    tensors["wpe.weight"] = torch.tensor(0.0)
+
+
+def other_mask(tensors, config):
+    tensors["h.0.attn.bias"] = torch.ones(3, 3).tril()
+
+
+def no_layer_number(tensors, config):
+    tensors["h.x.ln_1.weight"] = torch.ones(48)
+
+
+def last_layer_gone(tensors, config):
+    for name in [name for name in tensors if name.startswith("h.1.")]:
+        del tensors[name]
+
+
+def heads_that_do_not_divide(tensors, config):
+    config["n_head"] = 5
+
+
+def no_heads(tensors, config):
+    config["n_head"] = 0
+
+
+def unknown_heads(tensors, config):
+    config.clear()
 
 
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [
-        (spoil_missing, r"lacks the tensor h\.1\.mlp\.c_fc\.bias"),
-        (spoil_shape, r"h\.1\.mlp\.c_fc\.weight is \(48, 192\), expected \(192, 48\)"),
-        (spoil_extra, r"no use for: h\.1\.mlp\.c_gate\.weight"),
+        (missing, r"lacks the tensor h\.1\.mlp\.c_fc\.bias"),
+        (transposed, r"h\.1\.mlp\.c_fc\.weight is \(192, 48\), expected \(48, 192\)"),
+        (three_dimensional, r"h\.1\.mlp\.c_fc\.weight is \(1, 48, 192\), expected \(48, 192\)"),
+        (left_over, r"no use for: h\.1\.mlp\.c_gate\.weight"),
+        (flat_embedding, r"has no matrix wte\.weight"),
+        (no_positions, r"has no matrix wpe\.weight"),
+        (other_mask, r"no use for: h\.0\.attn\.bias \(3, 3\)"),
+        (no_layer_number, "has n_layer 3, but .* says 2"),
+        (last_layer_gone, "has n_layer 1, but .* says 2"),
+        (heads_that_do_not_divide, "says n_head 5, which does not divide n_embd 48"),
+        (no_heads, "says n_head 0"),
+        (unknown_heads, "does not say its number of heads; put its config.json beside it"),
     ],
 )
 def test_a_weights_file_that_does_not_fit_is_refused(tmp_path, spoil, message):
     path = tmp_path / "model.safetensors"
     save_gpt2(GPT(GPTConfig(2, 3, 48, 101, 64)), path, {})
-    tensors = load_file(path)
-    spoil(tensors)
-    save_file(tensors, path, {"config": json.dumps({"n_head": 3})})
-    with pytest.raises(UserError, match=message):
+    tensors, config = load_file(path), {"n_head": 3, "n_layer": 2}
+    spoil(tensors, config)
+    save_file(tensors, path, {"config": json.dumps(config)})
+    with pytest.raises(UserError, match=message) as caught:
         load_gpt2(str(path))
+    assert "\n" not in str(caught.value)
+
+
+def test_a_damaged_configuration_is_refused(tmp_path):
+    their_gpt2(SMALL).save_pretrained(tmp_path)
+    for content in ("{", "[1]", '"x"'):
+        (tmp_path / "config.json").write_text(content)
+        with pytest.raises(UserError, match=r"config\.json is no JSON object"):
+            load_gpt2(str(tmp_path))
 
 
 def test_unreadable_weights_are_refused_in_one_line(tmp_path):
     (tmp_path / "cut.safetensors").write_bytes(b"\x10\0\0\0\0\0\0\0{")
     (tmp_path / "cut.bin").write_bytes(b"PK\x03\x04")
     torch.save({"wte.weight": print}, tmp_path / "code.bin")  # a pickled function: never loaded
-    for name in ("cut.safetensors", "cut.bin", "code.bin", "absent.bin"):
+    rng = random.Random(0)
+    names = ["cut.safetensors", "cut.bin", "code.bin", "absent.bin"]
+    for i in range(100):
+        names.append(f"noise{i}.bin")
+        (tmp_path / names[-1]).write_bytes(rng.randbytes(rng.randrange(40)))
+    for name in names:
         with pytest.raises(UserError) as caught:
             load_gpt2(str(tmp_path / name))
         assert "\n" not in str(caught.value)
@@ -140,6 +201,16 @@ def test_unreadable_weights_are_refused_in_one_line(tmp_path):
     if not is_cached("gpt2"):
         with pytest.raises(UserError, match="hf download openai-community/gpt2"):
             load_gpt2("gpt2")
+
+
+def test_run_as_a_script_it_shows_the_mini_lm(monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["load_gpt2.py", "mini", "--tokens", "20"])
+    main()
+    printed = capsys.readouterr().out
+    assert printed.startswith("mini: 1,433,472 parameters")
+    perplexity = float(printed.split("perplexity ")[1].split()[0])
+    assert perplexity < 20  # of 257 bytes: it knows English
+    assert "Hello, my name is Tom." in printed
 
 
 def test_golden_logits_of_the_real_gpt2(shared):
