@@ -168,8 +168,8 @@ def load_trajectories(
 
     dataset: minari.MinariDataset; the spaces are the environment's, to check against; scale: what
     returns-to-go are divided by; ratio: share of this dataset's episodes to keep, int(ratio * E)
-    and at least one, drawn without replacement by the seed (paper, section 5.1); mode "normal" or
-    "delayed", where an episode's whole reward comes at its last step (section 5, sparse MuJoCo).
+    and at least one, drawn without replacement by the seed; mode "normal" or
+    "delayed", where an episode's whole reward comes at its last step, the paper's sparse variant.
     Raises UserError if shapes or spaces differ, if values are not finite, or an episode is empty.
     """
     what = f"dataset {dataset.spec.dataset_id}"

@@ -107,33 +107,6 @@ def summarise(task, returns, lengths):
     }
 
 
-def final_result(evaluations, steps):
-    """A run's score by the authors' protocol: the best target's mean over late evaluations.
-
-    Late are those in the last 20 % of the steps. evaluations: a list of {"step", "results"}, where
-    results are rollout's. Returns a dictionary, the best single evaluation's score in it too.
-    """
-    late = [e["results"] for e in evaluations if e["step"] > 0.8 * steps]
-    targets = [
-        {
-            "target": same[0]["target"],
-            "score": sum(r["score"] for r in same) / len(same),
-            "return_mean": sum(r["return_mean"] for r in same) / len(same),
-        }
-        for same in zip(*late, strict=True)
-    ]
-    best = max(targets, key=lambda t: t["score"])
-    single = max(r["score"] for e in evaluations for r in e["results"])
-    return {
-        "score": best["score"],
-        "target": best["target"],
-        "return_mean": best["return_mean"],
-        "targets": targets,
-        "evaluations_averaged": len(late),
-        "best_single_evaluation": single,
-    }
-
-
 def print_table(results):
     """One line a target, and the best."""
     print(f"{'target':>8} {'return':>18} {'score':>7} {'length':>7}  episodes")

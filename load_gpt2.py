@@ -35,7 +35,7 @@ HUB = {  # name: (repository, config); sizes: Radford et al. 2019, table 2; Dist
     "gpt2-xl": ("openai-community/gpt2-xl", GPTConfig(48, 25, 1600)),
     "distilgpt2": ("distilbert/distilgpt2", GPTConfig(6, 12, 768)),
 }
-DT = GPTConfig(3, 1, 128, vocab_size=257)  # the Decision Transformer's body (paper, table 9)
+DT = GPTConfig(3, 1, 128, vocab_size=257)  # the Decision Transformer's body, as the paper has it
 NAMES = [*HUB, "mini", "dt"]  # dt is a shape: it has no weights
 MINI = Path(__file__).parent / "assets" / "mini-lm.safetensors"  # made by experiments/pretrain.py
 WEIGHTS = "model.safetensors"  # the file's name in each repository

@@ -65,7 +65,7 @@ class LoRALinear(nn.Linear):
 
 
 def inject_lora(gpt, rank=16, alpha=32, dropout=0.1):
-    """Put LoRA into c_attn of every block, in place. Defaults are the paper's (appendix C)."""
+    """Put LoRA into c_attn of every block, in place. Defaults are the paper's."""
     for block in gpt.h:
         block.attn.c_attn = LoRALinear(block.attn.c_attn, rank, alpha, dropout)
 

@@ -196,10 +196,10 @@ def action_head(embed, n_embd, act_dim):
 
 
 class LaMo(nn.Module):
-    """A GPT that reads trajectories and predicts actions (paper, section 4).
+    """A GPT that reads trajectories and predicts actions: the paper's policy.
 
     gpt: the body, used for language too; obs_dim O; act_dim A; embed "linear" or "mlp", how return,
-    state and action become tokens (section 4.2); max_ep_len, rows of the time embedding.
+    state and action become tokens; max_ep_len, rows of the time embedding.
     """
 
     def __init__(self, gpt, obs_dim, act_dim, embed="mlp", max_ep_len=1000):
@@ -212,6 +212,7 @@ class LaMo(nn.Module):
         self.embed_state = make_embedding(obs_dim, C)
         self.embed_action = make_embedding(act_dim, C)
         self.embed_time = nn.Embedding(max_ep_len, C)
+        nn.init.normal_(self.embed_time.weight, std=0.02)  # as wpe starts: N(0, 1) drowns the rest
         self.embed_ln = nn.LayerNorm(C, eps=1e-5)
         self.head = action_head(embed, C, act_dim)
         self.gpt = gpt

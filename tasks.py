@@ -1,7 +1,7 @@
 """The tasks: for each, its environment, dataset, prompts (target returns) and reference scores.
 
-Figures: targets, context, learning rate and weight decay are LaMo's (arXiv 2310.20587, appendix
-C); random and expert returns are D4RL's (arXiv 2004.07219). To add a task, add a row.
+Targets, context, learning rate and weight decay are LaMo's (arXiv 2310.20587); random and expert
+returns are D4RL's (arXiv 2004.07219). To add a task, add a row.
 """
 
 from dataclasses import dataclass

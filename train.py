@@ -4,19 +4,17 @@
     torchrun --nproc_per_node=2 train.py --env hopper
 
 Everything that can be set stands in Config, each field a flag of the same name. The loop is in
-main(), below it. Figures without another source are from the paper, arXiv 2310.20587, appendix C.
+main(), at the end. Figures without another source are from the paper, arXiv 2310.20587.
+
 """
 
 import io
-import json
 import math
 import os
 import shutil
-import sys
 import time
 from dataclasses import asdict, dataclass
 from datetime import timedelta
-from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -33,7 +31,7 @@ from data import (
     sample_windows,
     tokenise,
 )
-from evaluate import FORMAT, build_model, final_result, rollout, trained_state
+from evaluate import FORMAT, build_model, rollout, trained_state
 from load_gpt2 import find_weights, is_cached
 from plumbing import (
     UserError,
@@ -46,23 +44,23 @@ from plumbing import (
     parse_flags,
     run_command,
     write_atomically,
-    write_json,
 )
-from tasks import find_task, make_env, normalised_score
+from run_folder import append_to_log, begin_run, end_run
+from tasks import TASKS, find_task, make_env
 
 
 @dataclass
 class Config:
-    # what to train; "auto" is filled in from the task, the method and a preset, and printed
+    # what to train; "auto" comes from the method, a preset or the task, and is printed
     env: str = "hopper"  # task: a row of tasks.py
-    method: str = "lamo"  # what is trained: a row of METHODS
+    method: str = "lamo"  # lamo, or an ablation or baseline: a row of METHODS below
     ratio: float = 1.0  # share of the dataset's trajectories, in (0, 1]
     mode: str = "normal"  # normal, or delayed: all reward at an episode's last step
     seed: int = 0  # of the data subset, the weights, batches and dropout
     # what to learn from
     dataset: str = "auto"  # Minari id or folder; auto: the task's, see data.find_dataset
-    lm: str = "auto"  # gpt2, gpt2-medium, gpt2-large, gpt2-xl, distilgpt2, mini, dt or a file
-    corpus: str = "auto"  # text file, wikitext or english (the Python manual)
+    lm: str = "auto"  # gpt2, gpt2-medium, gpt2-large, gpt2-xl, distilgpt2, mini, or weights' path
+    corpus: str = "auto"  # wikitext, english (the Python manual), or a text file
     # the model
     pretrained: bool = "auto"  # start from the language model's weights, or from random ones
     train: str = "auto"  # lora, new (only what is outside the GPT) or all
@@ -71,7 +69,7 @@ class Config:
     lora_rank: int = 16  # columns of LoRA's factors
     lora_alpha: float = 32  # LoRA's update is scaled by alpha / rank
     lora_dropout: float = 0.1  # on the input of LoRA's update
-    dropout: float = "auto"  # GPT-2's: on embeddings, attention and residual branches
+    dropout: float = 0.1  # GPT-2's: on embeddings, attention and residual branches
     context: int = "auto"  # K, environment steps the model sees
     scale: float = "auto"  # returns-to-go are divided by this
     max_ep_len: int = "auto"  # rows of the time embedding
@@ -89,14 +87,14 @@ class Config:
     episodes: int = "auto"  # episodes for each target
     targets: list[float] = "auto"  # target returns
     # machine
-    device: str = "auto"  # cuda or cpu
-    dtype: str = "auto"  # bf16 or fp32: autocast's type
+    device: str = "auto"  # cuda or cpu; auto: cuda if there is one
+    dtype: str = "auto"  # autocast's: bf16 or fp32; auto: bf16 where the device multiplies it
     compile: bool = "auto"  # torch.compile the step; auto: on CUDA
     log_every: int = 100  # steps averaged into a row of the log
     out: str = "runs"  # a folder for this run is made in here
 
 
-METHODS = {  # design: what each method changes; a flag that is typed wins over its row
+METHODS = {  # what each one changes; a flag that is typed wins over its row
     "lamo": dict(pretrained=True, train="lora", lm_coef=0.1),
     "lamo-nolm": dict(pretrained=True, train="lora", lm_coef=0.0),
     "lamo-linear": dict(pretrained=True, train="lora", lm_coef=0.1, embed="linear"),
@@ -105,14 +103,23 @@ METHODS = {  # design: what each method changes; a flag that is typed wins over 
     "lamo-random": dict(pretrained=False, train="lora", lm_coef=0.1),
     "dt": dict(lm="dt", pretrained=False, train="all", embed="linear", lm_coef=0.0),
 }
-MAY_BE_ZERO = ("seed", "lm_coef", "weight_decay", "dropout", "lora_dropout", "warmup", "targets")
-PAPER = dict(steps=100_000, warmup=2500, eval_every=2500, episodes=20, lm_length=1024, dropout=0.1)
+PAPER = dict(steps=100_000, warmup=2500, eval_every=2500, episodes=20, lm_length=1024)
 SHORT = dict(  # without CUDA, or with the mini LM: minutes on two CPU cores
-    steps=2500, warmup=250, eval_every=500, episodes=10, lm_length=256, dropout=0.1, lr=1e-3
+    steps=2500, warmup=250, eval_every=250, episodes=10, lm_length=256, lr=1e-3
 )
+MAY_BE_ZERO = ("seed", "lm_coef", "weight_decay", "dropout", "lora_dropout", "warmup", "targets")
 
 
 # --- from the command line to settings -----------------------------------------------------------
+
+
+def presets():
+    """What "auto" stands for, as lines for --help."""
+    lines = [f"methods: {', '.join(METHODS)}", f"tasks: {', '.join(TASKS)}"]
+    for name, preset in (("paper", PAPER), ("short", SHORT)):
+        values = ", ".join(f"{key.replace('_', '-')} {value}" for key, value in preset.items())
+        lines.append(f"preset {name}: {values}")
+    return "\n".join([*lines, "The short preset is taken without CUDA, or with the mini LM."])
 
 
 def resolve(typed):
@@ -191,7 +198,7 @@ class Objective(nn.Module):
         self.model = model
 
     def forward(self, window, count, text):
-        """The action loss and the language loss (paper, equation 2).
+        """The action loss and the language loss, which a step adds up.
 
         window: what sample_windows returns; count: what valid_steps returns; text: what sample_text
         returns, or None.
@@ -227,9 +234,6 @@ def check_same(base, data, tokens, device):
         raise UserError("the processes found different models, data or text; start them again")
 
 
-# --- before and after the loop -------------------------------------------------------------------
-
-
 def prepare(settings, task, notes, device):
     """Find, load and check all that a run needs, before anything of the run is written.
 
@@ -263,80 +267,11 @@ def prepare(settings, task, notes, device):
     return data, model.to(device), base, tokens
 
 
-def begin_run(settings, task, notes, data, model, base, world):
-    """Make the run's folder, print what will be done, write it to config.json. Returns a Path."""
-    folder = make_run_folder(settings)
-    n_trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    n_all = sum(p.numel() for p in model.parameters())
-    mean, std = data.returns.mean(), data.returns.std()
-    score = normalised_score(task, mean)
-    print(f"task     {settings['env']} ({task.env_id}), method {settings['method']}")
-    print(f"dataset  {notes['dataset']}")
-    print(f"         {len(data.lengths)} episodes, {len(data)} steps, ", end="")
-    print(f"return {mean:.1f} ± {std:.1f} (score {score:.1f})")
-    print(f"lm       {notes['lm']}" + ("" if settings["pretrained"] else ", random weights"))
-    print(f"text     {notes['text']}")
-    print(f"preset   {notes['preset']}: {settings['steps']} steps, lr {settings['lr']:g}")
-    processes = "" if world == 1 else f", {world} processes"
-    machine = f"{settings['device']}, {settings['dtype']}, torch {torch.__version__}"
-    print(f"machine  {machine}{processes}")
-    print(f"trained  {n_trained:,} of {n_all:,} parameters ({n_trained / n_all:.1%})")
-    if "compile" in notes:
-        print(f"compile  {notes['compile']}")
-    print(f"run      {folder}", flush=True)
-    config = {
-        "settings": settings,
-        "chosen": notes,
-        "base": base,
-        "data": {
-            "episodes": len(data.lengths),
-            "transitions": len(data),
-            "return_mean": float(mean),
-            "return_std": float(std),
-            "score": float(score),
-        },
-        "processes": world,
-        "versions": {"torch": torch.__version__, "python": sys.version.split()[0]},
-    }
-    write_json(folder / "config.json", config)
-    return folder
-
-
-def make_run_folder(settings):
-    """A new folder under --out, named after the run. Raises UserError if it cannot be made."""
-    parts = (settings["env"], settings["method"], f"{settings['ratio']:g}", f"s{settings['seed']}")
-    folder = Path(settings["out"]) / ("-".join(parts) + time.strftime("-%Y%m%d-%H%M%S"))
-    try:
-        folder.mkdir(parents=True)
-    except OSError as error:
-        raise UserError(f"cannot make {folder}: {error.strerror}; set --out") from error
-    return folder
-
-
-def end_run(folder, settings, task, notes, data, evaluations, seconds, evaluating):
-    """Compute the run's score, write it to result.json and print it."""
-    result = final_result(evaluations, settings["steps"])
-    result |= {"dataset": notes["dataset"], "lm": notes["lm"]}
-    result |= {"dataset_return_mean": float(data.returns.mean())}
-    result |= {"seconds": seconds, "seconds_evaluating": evaluating}
-    write_json(folder / "result.json", result)
-    n = result["evaluations_averaged"]
-    print(f"\n{'target':>8} {'return':>8} {'score':>7}   mean of the last {n} evaluations")
-    for r in result["targets"]:
-        print(f"{r['target']:8g} {r['return_mean']:8.1f} {r['score']:7.1f}")
-    mean = data.returns.mean()
-    print(f"{'dataset':>8} {mean:8.1f} {normalised_score(task, mean):7.1f}   its episodes")
-    print(f"score {result['score']:.1f}, of target {result['target']:g}; ", end="")
-    print(f"best single evaluation {result['best_single_evaluation']:.1f}")
-    print(f"{seconds:.0f} s, of which {evaluating:.0f} s evaluating")
-    print(f"next: python evaluate.py {folder / 'ckpt.pt'}")
-
-
 # --- training ------------------------------------------------------------------------------------
 
 
 def main():
-    settings, task, notes = resolve(parse_flags(Config, "train.py", __doc__))
+    settings, task, notes = resolve(parse_flags(Config, "train.py", __doc__ + presets()))
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     if world > 1:  # torchrun started us
         cuda = settings["device"].startswith("cuda")
@@ -382,10 +317,6 @@ def main():
         if settings["compile"]:
             print("compiling during the first step; it takes a minute or so", flush=True)
 
-    def append_to_log(row):
-        with open(folder / "log.jsonl", "a") as file:
-            file.write(json.dumps(row) + "\n")
-
     def save(name):
         checkpoint = {
             "format": FORMAT,
@@ -422,7 +353,7 @@ def main():
 
         with autocast:
             action_loss, lm_loss = objective(window, valid_steps(window[-1], world), text)
-        loss = action_loss + settings["lm_coef"] * lm_loss  # paper, equation 2
+        loss = action_loss + settings["lm_coef"] * lm_loss  # the paper's objective
         loss.backward()
         nn.utils.clip_grad_norm_(trainable, settings["clip"])
         optimiser.step()
@@ -443,7 +374,7 @@ def main():
             if rank == 0:
                 row = {"step": step, "action_loss": action_mean, "lr": lr}
                 row["lm_loss"] = None if tokens is None else lm_mean
-                append_to_log(row | {"seconds": time.time() - started - evaluating})
+                append_to_log(folder, row | {"seconds": time.time() - started - evaluating})
                 shown |= {"loss": f"{action_mean:.4f}"}
                 shown |= {} if tokens is None else {"lm": f"{lm_mean:.3f}"}
                 bar.set_postfix(shown)
@@ -455,7 +386,7 @@ def main():
             results = rollout(model, task, settings, *stats, targets, episodes, progress=True)
             evaluating += time.time() - since
             evaluations.append({"step": step, "results": results})
-            append_to_log({"step": step, "evaluation": results})
+            append_to_log(folder, {"step": step, "evaluation": results})
             score = max(r["score"] for r in results)
             shown |= {"score": f"{score:.1f}"}
             bar.set_postfix(shown)

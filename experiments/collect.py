@@ -4,7 +4,7 @@
     python -m experiments.collect --env hopper --steps 1000000      # the full medium set
     python -m experiments.collect --env hopper --steps 10000 --bundle     # the part that is shipped
 
-D4RL (Fu et al. 2020, arXiv 2004.07219, section 5) calls "medium" the data of a Soft Actor-Critic
+D4RL (Fu et al. 2020, arXiv 2004.07219) calls "medium" the data of a Soft Actor-Critic
 policy stopped at about a third of expert skill, its actions sampled. So here: Stable-Baselines3's
 SAC is stopped at the first look at which its score lies in MEDIUM. The policy is kept as plain
 tensors (0.3 MB) in assets/policies, so that anyone can record the same behaviour without training.

@@ -15,13 +15,13 @@ from hypothesis import strategies as st
 
 from evaluate import (
     build_model,
-    final_result,
     load_model,
     read_checkpoint,
     rollout,
     trained_state,
 )
 from model import GPT, GPTConfig, LaMo
+from run_folder import final_result
 from tasks import TASKS, make_env, normalised_score
 from train import METHODS, Objective, resolve, valid_steps
 

@@ -1,0 +1,122 @@
+"""A run's folder: what is written into it, and what is printed beside.
+
+config.json    settings, what was chosen and why, the data's statistics, versions
+log.jsonl      a row for every log_every steps, and one for every evaluation
+ckpt.pt        the last checkpoint; best.pt, that of the best evaluation (see train.py)
+result.json    the run's score
+"""
+
+import json
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+from plumbing import UserError, write_json
+from tasks import normalised_score
+
+
+def make_run_folder(settings):
+    """A new folder under --out, named after the run. Raises UserError if it cannot be made."""
+    parts = (settings["env"], settings["method"], f"{settings['ratio']:g}", f"s{settings['seed']}")
+    folder = Path(settings["out"]) / ("-".join(parts) + time.strftime("-%Y%m%d-%H%M%S"))
+    try:
+        folder.mkdir(parents=True)
+    except OSError as error:
+        raise UserError(f"cannot make {folder}: {error.strerror}; set --out") from error
+    return folder
+
+
+def begin_run(settings, task, notes, data, model, base, world):
+    """Make the run's folder, print what will be done, write it to config.json. Returns a Path."""
+    folder = make_run_folder(settings)
+    n_trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    n_all = sum(p.numel() for p in model.parameters())
+    mean, std = data.returns.mean(), data.returns.std()
+    score = normalised_score(task, mean)
+    print(f"task     {settings['env']} ({task.env_id}), method {settings['method']}")
+    print(f"dataset  {notes['dataset']}")
+    print(f"         {len(data.lengths)} episodes, {len(data)} steps, ", end="")
+    print(f"return {mean:.1f} ± {std:.1f} (score {score:.1f})")
+    print(f"lm       {notes['lm']}" + ("" if settings["pretrained"] else ", random weights"))
+    print(f"text     {notes['text']}")
+    print(f"preset   {notes['preset']}: {settings['steps']} steps, lr {settings['lr']:g}")
+    processes = "" if world == 1 else f", {world} processes"
+    machine = f"{settings['device']}, {settings['dtype']}, torch {torch.__version__}"
+    print(f"machine  {machine}{processes}")
+    print(f"trained  {n_trained:,} of {n_all:,} parameters ({n_trained / n_all:.1%})")
+    if "compile" in notes:
+        print(f"compile  {notes['compile']}")
+    print(f"run      {folder}", flush=True)
+    config = {
+        "settings": settings,
+        "chosen": notes,
+        "base": base,
+        "data": {
+            "episodes": len(data.lengths),
+            "transitions": len(data),
+            "return_mean": float(mean),
+            "return_std": float(std),
+            "score": float(score),
+        },
+        "processes": world,
+        "versions": {"torch": torch.__version__, "python": sys.version.split()[0]},
+    }
+    write_json(folder / "config.json", config)
+    return folder
+
+
+def append_to_log(folder, row):
+    """Add a dictionary to log.jsonl as one line. Raises UserError if it cannot be written."""
+    try:
+        with open(folder / "log.jsonl", "a") as file:
+            file.write(json.dumps(row) + "\n")
+    except OSError as error:
+        raise UserError(f"cannot write {folder / 'log.jsonl'}: {error.strerror}") from error
+
+
+def final_result(evaluations, steps):
+    """A run's score by the authors' protocol: the best target's mean over late evaluations.
+
+    Late are those in the last 20 % of the steps. evaluations: a list of {"step", "results"}, where
+    results are rollout's. Returns a dictionary, the best single evaluation's score in it too.
+    """
+    late = [e["results"] for e in evaluations if e["step"] > 0.8 * steps]
+    targets = [
+        {
+            "target": same[0]["target"],
+            "score": sum(r["score"] for r in same) / len(same),
+            "return_mean": sum(r["return_mean"] for r in same) / len(same),
+        }
+        for same in zip(*late, strict=True)
+    ]
+    best = max(targets, key=lambda t: t["score"])
+    single = max(r["score"] for e in evaluations for r in e["results"])
+    return {
+        "score": best["score"],
+        "target": best["target"],
+        "return_mean": best["return_mean"],
+        "targets": targets,
+        "evaluations_averaged": len(late),
+        "best_single_evaluation": single,
+    }
+
+
+def end_run(folder, settings, task, notes, data, evaluations, seconds, evaluating):
+    """Compute the run's score, write it to result.json and print it."""
+    result = final_result(evaluations, settings["steps"])
+    result |= {"dataset": notes["dataset"], "lm": notes["lm"]}
+    result |= {"dataset_return_mean": float(data.returns.mean())}
+    result |= {"seconds": seconds, "seconds_evaluating": evaluating}
+    write_json(folder / "result.json", result)
+    n = result["evaluations_averaged"]
+    print(f"\n{'target':>8} {'return':>8} {'score':>7}   mean of the last {n} evaluations")
+    for r in result["targets"]:
+        print(f"{r['target']:8g} {r['return_mean']:8.1f} {r['score']:7.1f}")
+    mean = data.returns.mean()
+    print(f"{'dataset':>8} {mean:8.1f} {normalised_score(task, mean):7.1f}   its episodes")
+    print(f"score {result['score']:.1f}, of target {result['target']:g}; ", end="")
+    print(f"best single evaluation {result['best_single_evaluation']:.1f}")
+    print(f"{seconds:.0f} s, of which {evaluating:.0f} s evaluating")
+    print(f"next: python evaluate.py {folder / 'ckpt.pt'}")
