@@ -70,7 +70,10 @@ def find_dataset(task, ratio, name="auto"):
     def taken(folder, note):
         share = 1.0
         if (folder / "about.json").is_file():
-            share = min(1.0, json.loads((folder / "about.json").read_text())["share"])
+            try:
+                share = min(1.0, float(json.loads((folder / "about.json").read_text())["share"]))
+            except (ValueError, KeyError, TypeError) as error:
+                raise UserError(f"{folder / 'about.json'} does not tell a share") from error
         if ratio > share:
             raise UserError(
                 f"{note}: it is {share:g} of a full dataset and serves ratios up to {share:g}, not "
@@ -168,8 +171,8 @@ def load_trajectories(
 
     dataset: minari.MinariDataset; the spaces are the environment's, to check against; scale: what
     returns-to-go are divided by; ratio: share of this dataset's episodes to keep, int(ratio * E)
-    and at least one, drawn without replacement by the seed; mode "normal" or
-    "delayed", where an episode's whole reward comes at its last step, the paper's sparse variant.
+    and at least one, drawn without replacement by the seed; mode "normal" or "delayed", where an
+    episode's whole reward comes at its last step, the paper's sparse variant.
     Raises UserError if shapes or spaces differ, if values are not finite, or an episode is empty.
     """
     what = f"dataset {dataset.spec.dataset_id}"
