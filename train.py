@@ -105,7 +105,7 @@ METHODS = {  # what each one changes; a flag that is typed wins over its row
 }
 PAPER = dict(steps=100_000, warmup=2500, eval_every=2500, episodes=20, lm_length=1024)
 SHORT = dict(  # without CUDA, or with the mini LM: minutes on two CPU cores
-    steps=2500, warmup=250, eval_every=250, episodes=10, lm_length=256, lr=1e-3
+    steps=1500, warmup=150, eval_every=250, episodes=10, lm_length=256, lr=5e-4
 )
 MAY_BE_ZERO = ("seed", "lm_coef", "weight_decay", "dropout", "lora_dropout", "warmup", "targets")
 
