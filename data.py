@@ -349,7 +349,7 @@ def find_text(corpus, byte_level):
     if not path.is_file():
         write_atomically(path, lambda file: file.write(text))
     note = "as asked" if corpus == "english" else f"since {why}"
-    return path, f"the Python manual (pydoc_data.topics, {len(text) / 1e6:.1f} MB), {note}"
+    return path, f"the Python manual ({len(text) / 1e6:.1f} MB of pydoc_data.topics), {note}"
 
 
 def parquet_to_text(files, out):

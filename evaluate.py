@@ -9,6 +9,7 @@ windows need no padding. An episode that has ended is no longer shown to the mod
 
 import json
 from dataclasses import asdict, replace
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -161,6 +162,8 @@ def trained_state(model, train):
 
 def read_checkpoint(path):
     """A checkpoint's dictionary, checked. Raises UserError for what train.py did not write."""
+    if Path(path).is_dir():
+        raise UserError(f"{path} is a folder; give the ckpt.pt or best.pt in it")
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError as error:
@@ -277,7 +280,10 @@ def compare_language(args, checkpoint, model):
     encoding = get_encoding(before.gpt.config.vocab_size)
     path, note = find_text(args.corpus, byte_level=True)
     tokens = tokenise(path, encoding)[:TEXT_TOKENS]
-    print(f"perplexity per token, on the first {len(tokens)} tokens of {note}")
+    text_name = note.split(",")[0]
+    learnt = checkpoint["chosen"].get("text", "").startswith(text_name)
+    known = ", which this run learnt from" if learnt else ""
+    print(f"perplexity per token, on the first {len(tokens)} tokens of {text_name}{known}")
     steps = f"after {checkpoint['step']} steps"
     for when, lamo in (("before training", before.to(device)), (steps, model)):
         with merged(lamo):

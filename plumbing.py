@@ -31,6 +31,9 @@ def run_command(main):
     """Run a command's `main()`: a `UserError` becomes one line on stderr and exit code 2."""
     try:
         main()
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        raise SystemExit(130) from None
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2) from None
@@ -144,7 +147,7 @@ def choose(kind, name, valid):
     valid = list(valid)
     if name in valid:
         return name
-    near = difflib.get_close_matches(str(name), valid, n=1, cutoff=0.4)
+    near = difflib.get_close_matches(str(name), valid, n=1, cutoff=0.5)
     hint = f" Did you mean {near[0]}?" if near else ""
     raise UserError(f"unknown {kind} '{name}'; valid: {', '.join(valid)}.{hint}")
 

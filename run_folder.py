@@ -35,13 +35,15 @@ def begin_run(settings, task, notes, data, model, base, world):
     n_all = sum(p.numel() for p in model.parameters())
     mean, std = data.returns.mean(), data.returns.std()
     score = normalised_score(task, mean)
-    print(f"task     {settings['env']} ({task.env_id}), method {settings['method']}")
+    print(f"task     {settings['env']} ({task.env_id}), ", end="")
+    print(f"method {settings['method']}, embed {settings['embed']}")
     print(f"dataset  {notes['dataset']}")
     print(f"         {len(data.lengths)} episodes, {len(data)} steps, ", end="")
     print(f"return {mean:.1f} ± {std:.1f} (score {score:.1f})")
     print(f"lm       {notes['lm']}" + ("" if settings["pretrained"] else ", random weights"))
     print(f"text     {notes['text']}")
-    print(f"preset   {notes['preset']}: {settings['steps']} steps, lr {settings['lr']:g}")
+    print(f"preset   {notes['preset']}: {settings['steps']} steps, ", end="")
+    print(f"lr {settings['lr']:g} after {settings['warmup']} of warm-up")
     processes = "" if world == 1 else f", {world} processes"
     machine = f"{settings['device']}, {settings['dtype']}, torch {torch.__version__}"
     print(f"machine  {machine}{processes}")
@@ -111,7 +113,9 @@ def end_run(folder, settings, task, notes, data, evaluations, seconds, evaluatin
     result |= {"seconds": seconds, "seconds_evaluating": evaluating}
     write_json(folder / "result.json", result)
     n = result["evaluations_averaged"]
-    print(f"\n{'target':>8} {'return':>8} {'score':>7}   mean of the last {n} evaluations")
+    print(
+        f"\n{'target':>8} {'return':>8} {'score':>7}   mean over the last 20 % of steps: {n} evaluations"
+    )
     for r in result["targets"]:
         print(f"{r['target']:8g} {r['return_mean']:8.1f} {r['score']:7.1f}")
     mean = data.returns.mean()
@@ -119,4 +123,4 @@ def end_run(folder, settings, task, notes, data, evaluations, seconds, evaluatin
     print(f"score {result['score']:.1f}, of target {result['target']:g}; ", end="")
     print(f"best single evaluation {result['best_single_evaluation']:.1f}")
     print(f"{seconds:.0f} s, of which {evaluating:.0f} s evaluating")
-    print(f"next: python evaluate.py {folder / 'ckpt.pt'}")
+    print(f"next: python evaluate.py {folder / 'ckpt.pt'}   (best.pt: the best evaluation's)")

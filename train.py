@@ -1,7 +1,7 @@
 """Train LaMo (or one of its ablations, or the Decision Transformer) on offline trajectories.
 
     python train.py --env hopper --ratio 0.01
-    torchrun --nproc_per_node=2 train.py --env hopper
+    torchrun --nproc_per_node=2 train.py --env hopper --ratio 0.01
 
 Everything that can be set stands in Config, each field a flag of the same name. The loop is in
 main(), at the end. Figures without another source are from the paper, arXiv 2310.20587.

@@ -83,8 +83,12 @@ def play(env, policy, episodes, seed):
 def train_policy(name, task, seed):
     """Train SAC until its score lies in MEDIUM and write the actor to policy_path(name)."""
     from safetensors.torch import save
-    from stable_baselines3 import SAC
-    from stable_baselines3.common.callbacks import BaseCallback
+
+    try:
+        from stable_baselines3 import SAC
+        from stable_baselines3.common.callbacks import BaseCallback
+    except ImportError as error:
+        raise UserError("--train needs pip install -r requirements-experiments.txt") from error
 
     torch.set_num_threads(1)  # batches this small gain nothing from more
     look_env = make_env(task)

@@ -275,6 +275,7 @@ def test_evaluate_refuses_what_is_no_checkpoint(error_of, checkpoint):
     for size in (0, 1, 100, len(whole) // 2, len(whole) - 1):
         Path("cut.pt").write_bytes(whole[:size])
         assert "no readable checkpoint" in error_of(evaluate.main, "cut.pt")
+    assert "is a folder; give the ckpt.pt or best.pt" in error_of(evaluate.main, ".")
     assert "there is no checkpoint absent.pt" in error_of(evaluate.main, "absent.pt")
     assert "was trained on hopper, not ant" in error_of(evaluate.main, "ckpt.pt", "--env", "ant")
     for flags, message in (

@@ -86,6 +86,8 @@ def test_a_checkpoint_talks(short_run):
     folder, _ = short_run
     out = run("evaluate.py", folder / "ckpt.pt", "--prompt", "Hello, my name is", "--tokens", 20)
     assert out.count("Hello, my name is") == 2
+    assert "the Python manual" in out.splitlines()[0]
+    assert out.splitlines()[0].endswith("which this run learnt from")
     assert "before training: perplexity" in out
     assert "after 120 steps: perplexity" in out
 
