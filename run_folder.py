@@ -113,9 +113,8 @@ def end_run(folder, settings, task, notes, data, evaluations, seconds, evaluatin
     result |= {"seconds": seconds, "seconds_evaluating": evaluating}
     write_json(folder / "result.json", result)
     n = result["evaluations_averaged"]
-    print(
-        f"\n{'target':>8} {'return':>8} {'score':>7}   mean over the last 20 % of steps: {n} evaluations"
-    )
+    means = f"means of {n} evaluations, in the last 20 % of steps"
+    print(f"\n{'target':>8} {'return':>8} {'score':>7}   {means}")
     for r in result["targets"]:
         print(f"{r['target']:8g} {r['return_mean']:8.1f} {r['score']:7.1f}")
     mean = data.returns.mean()
@@ -123,4 +122,4 @@ def end_run(folder, settings, task, notes, data, evaluations, seconds, evaluatin
     print(f"score {result['score']:.1f}, of target {result['target']:g}; ", end="")
     print(f"best single evaluation {result['best_single_evaluation']:.1f}")
     print(f"{seconds:.0f} s, of which {evaluating:.0f} s evaluating")
-    print(f"next: python evaluate.py {folder / 'ckpt.pt'}   (best.pt: the best evaluation's)")
+    print(f"next: python evaluate.py {folder / 'ckpt.pt'}   (or best.pt)")
