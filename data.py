@@ -13,6 +13,7 @@ import json
 import os
 import shutil
 import tempfile
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -122,20 +123,27 @@ def read_dataset(folder):
         raise UserError(f"{folder} is no readable Minari dataset: {first_line(error)}") from error
 
 
+@contextmanager
+def minari_folder(folder):
+    """Within this, Minari reads and writes in `folder`; afterwards where it did before."""
+    before = os.environ.get("MINARI_DATASETS_PATH")
+    os.environ["MINARI_DATASETS_PATH"] = str(folder)
+    try:
+        yield
+    finally:
+        del os.environ["MINARI_DATASETS_PATH"]
+        if before is not None:
+            os.environ["MINARI_DATASETS_PATH"] = before
+
+
 def download_dataset(name, local):
     """Download a Minari dataset into folder `local`, whole or not at all. Returns where it is."""
     import minari
 
     local.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=local, prefix=".download-") as aside:
-        before = os.environ.get("MINARI_DATASETS_PATH")
-        os.environ["MINARI_DATASETS_PATH"] = aside  # Minari itself downloads in place
-        try:
+        with minari_folder(aside):  # Minari itself downloads in place
             minari.download_dataset(name)
-        finally:
-            del os.environ["MINARI_DATASETS_PATH"]
-            if before is not None:
-                os.environ["MINARI_DATASETS_PATH"] = before
         if not is_dataset(local / name):  # else another process was faster
             shutil.rmtree(local / name, ignore_errors=True)  # what an interrupted one left
             (local / name).parent.mkdir(parents=True, exist_ok=True)

@@ -15,7 +15,6 @@ behaviour without training. With one seed, a shorter recording is the beginning 
 """
 
 import json
-import os
 import warnings
 from importlib.metadata import version
 from pathlib import Path
@@ -26,7 +25,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from data import BUNDLED
+from data import BUNDLED, minari_folder
 from plumbing import Parser, UserError, run_command, write_atomically, write_json
 from tasks import TASKS, find_task, make_env, normalised_score
 
@@ -161,9 +160,7 @@ def record(name, task, steps, seed, bundle):
         raise UserError(f"there is no policy {policy_path(name)}; train it first: add --train")
     policy = load_file(policy_path(name))
     dataset_id = task.bundled if bundle else task.collected
-    if bundle:
-        os.environ["MINARI_DATASETS_PATH"] = str(BUNDLED)
-    folder = Path(minari.storage.get_dataset_path(dataset_id))
+    folder = BUNDLED / dataset_id if bundle else Path(minari.storage.get_dataset_path(dataset_id))
     if folder.exists():
         raise UserError(f"{folder} exists already; delete it first if you want to record it again")
 
@@ -190,7 +187,7 @@ def record(name, task, steps, seed, bundle):
             lengths.append(T)
             bar.update(min(T, steps - bar.n))
     low, high = env.observation_space.low, env.observation_space.high
-    with warnings.catch_warnings():
+    with minari_folder(folder.parents[dataset_id.count("/")]), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # Minari misses an address to write to
         minari.create_dataset_from_buffers(
             dataset_id,

@@ -316,7 +316,9 @@ def test_experiments_refuse(error_of, monkeypatch):
     assert "nothing to do" in error_of(collect.main, "--env", "hopper")
     assert "--steps is 0" in error_of(collect.main, "--env", "hopper", "--steps", "0")
     bundle = ["--env", "hopper", "--steps", "10", "--bundle"]
+    before = os.environ["MINARI_DATASETS_PATH"]
     assert "exists already" in error_of(collect.main, *bundle)
+    assert os.environ["MINARI_DATASETS_PATH"] == before
     assert "--text is missing" in error_of(pretrain.main)
     text = ["--text", "a.txt", "--heldout", "b.txt", "--out", "x.safetensors"]
     assert "cannot read the text a.txt" in error_of(pretrain.main, *text)
@@ -412,6 +414,7 @@ def test_a_hub_that_answers_anything_is_a_network():
 def test_assets_are_small_and_plain():
     about = json.loads((BUNDLED / "lamo/hopper/medium-1pct-v0/about.json").read_text())
     assert about["command"].startswith("python -m experiments.collect --env hopper")
+    assert [p.name for p in BUNDLED.iterdir()] == ["lamo"]  # no test leaves anything here
     sizes = {p.name: p.stat().st_size for p in (ROOT / "assets").rglob("*") if p.is_file()}
     assert sizes["main_data.hdf5"] < 1_000_000
     assert sizes["hopper-medium.safetensors"] < 500_000
