@@ -8,21 +8,35 @@ windows need no padding. An episode that has ended is no longer shown to the mod
 """
 
 import json
+from collections import deque
+from contextlib import nullcontext
 from dataclasses import asdict, replace
+from itertools import count
 from pathlib import Path
 
 import numpy as np
 import torch
 from tqdm import tqdm
 
-from data import find_text, get_encoding, tokenise
 from load_gpt2 import TEXT_TOKENS, find_config, fingerprint, load_gpt2, talk
-from lora import inject_lora, mark_trainable, merged
+from lora import inject_lora, mark_trainable, merged, round_frozen
 from model import GPT, LaMo
-from plumbing import Parser, UserError, check_numbers, choose_device, run_command
-from tasks import find_task, make_env, make_vector_env, normalised_score
+from plumbing import Parser, UserError, check_numbers, choose_device, first_line, run_command
+from spaces import (
+    action_size,
+    decode_actions,
+    encode_actions,
+    flatten,
+    is_choice,
+    is_picture,
+    observation_shape,
+    shrink,
+)
+from tasks import make_vector_env, normalised_score, unpack
+from text import find_text, get_encoding, tokenise
+from windows import STACK
 
-FORMAT = "lamo-checkpoint-1"  # what ckpt["format"] says; a change of layout changes it
+FORMAT = "lamo-checkpoint-2"  # what ckpt["format"] says; a change of layout changes it
 SEED = 1_000_000  # the first episode's environment seed, far from those data is recorded with
 
 
@@ -30,78 +44,95 @@ SEED = 1_000_000  # the first episode's environment seed, far from those data is
 
 
 @torch.no_grad()
-def rollout(model, task, settings, obs_mean, obs_std, targets, episodes, seed=SEED, progress=False):
+def rollout(model, environment, settings, stats, targets, episodes, seed=SEED, progress=False):
     """Let a model act in `episodes` episodes for each target return, all in one batch.
 
-    model: LaMo; task: a row of tasks.TASKS; settings: what training ran with (context, mode, scale,
-    dtype); obs_mean, obs_std (O,): the dataset's; targets: undivided returns; episode i starts from
-    environment seed `seed + i` under every target. Returns a list with a dictionary for each
-    target: target, returns and lengths (one per episode), and their summary (see `summarise`).
+    model: LaMo; environment: a tasks.Environment; settings: what training ran with (context, mode,
+    scale, dtype, episode_limit); stats: the dataset's obs_mean and obs_std, each (O,), or (0,) for
+    frames; targets: undivided returns; episode i starts from environment seed `seed + i` under
+    every target. Numbers are acted on as predicted, and a choice is drawn from the predicted
+    probabilities, as in Decision Transformer's code for Atari.
+    Returns a list with a dictionary for each target: target, returns and lengths (one per episode),
+    their summary (see `summarise`), and cut, how many episodes episode_limit stopped before their
+    end: their returns are not whole.
     """
+    obs_mean, obs_std = stats
     device = obs_mean.device
+    space, action_space = environment.observation_space, environment.action_space
     n = len(targets) * episodes
-    envs = make_vector_env(task, n)
-    low, high = envs.single_action_space.low, envs.single_action_space.high
-    T = envs.envs[0].spec.max_episode_steps
+    envs = make_vector_env(environment, n)
+    limits = [settings["episode_limit"], environment.spec.max_episode_steps]
+    T = min((limit for limit in limits if limit), default=None)  # None: the game itself ends
     K, scale = settings["context"], settings["scale"]
-    delayed = settings["mode"] == "delayed"
+    delayed, frames = settings["mode"] == "delayed", is_picture(space)
+    choice = is_choice(action_space)
+    draws = torch.Generator(device).manual_seed(seed)
 
-    # All that has happened, for all episodes; a window is a slice of these.
-    obs = torch.zeros(n, T, len(obs_mean), device=device)
-    act = torch.zeros(n, T, len(low), device=device)
-    rtg = torch.zeros(n, T, 1, device=device)
-    rtg[:, 0, 0] = torch.tensor(np.repeat(targets, episodes) / scale, dtype=torch.float32)
-    timestep = torch.arange(T, device=device)
+    tokens = deque(maxlen=2 * K - 1)  # of the last K steps: (n, 2, C), (n, 1, C), .. (n, 2, C)
+    pictures = deque(maxlen=STACK)  # (n, 84, 84) each; before the first one it was dark
+    if frames:
+        black = torch.zeros(n, *observation_shape(space), dtype=torch.uint8, device=device)
+        pictures.extend([black] * STACK)
+    to_go = torch.tensor(np.repeat(targets, episodes) / scale, dtype=torch.float32, device=device)
+    # where every environment's action is put; ended ones go on with their last
+    empty = np.zeros(n, np.int64) if choice else np.zeros((n, action_size(action_space)))
+    actions = decode_actions(action_space, empty)
     alive = np.ones(n, bool)
     returns, lengths = np.zeros(n), np.zeros(n, int)
-    actions = np.zeros((n, len(low)), np.float32)  # of ended episodes: anything that is in bounds
 
     training = model.training
     model.eval()
     observation, _ = envs.reset(seed=[seed + i for _ in targets for i in range(episodes)])
     bar = tqdm(total=T, desc="evaluating", leave=False, disable=not progress)
-    with (
-        merged(model),
-        bar,
-        torch.autocast(device.type, torch.bfloat16, settings["dtype"] == "bf16"),
-    ):
-        for t in range(T):
-            observation = torch.as_tensor(observation, dtype=torch.float32, device=device)
-            obs[:, t] = (observation - obs_mean) / obs_std
+    autocast = torch.autocast(device.type, torch.bfloat16, settings["dtype"] == "bf16")
+    # merged into bf16, small updates would be lost: another policy would act than was trained
+    whole = merged(model) if settings["dtype"] == "fp32" else nullcontext()
+    with whole, bar:
+        for t in count():
+            if frames:
+                pictures.append(shrink(observation).to(device))
+                obs = torch.stack(tuple(pictures), dim=1)  # (n, STACK, 84, 84)
+            else:
+                flat = torch.as_tensor(flatten(space, observation), dtype=torch.float32)
+                obs = ((flat.to(device) - obs_mean) / obs_std)[:, None]  # (n, 1, O)
             rows = torch.as_tensor(alive.nonzero()[0], device=device)
-            window = slice(max(0, t + 1 - K), t + 1)
-            predicted = model(
-                rtg[rows, window],
-                obs[rows, window],
-                act[rows, window],
-                timestep[window].expand(len(rows), -1),
-            )  # (rows, up to K, A)
-            actions[alive] = predicted[:, -1].float().cpu().numpy().clip(low, high)
-            act[:, t] = torch.as_tensor(actions, device=device)
+            timestep = torch.full((n, 1), t, device=device)
+            with autocast:
+                tokens.append(model.observe(to_go[:, None, None], obs, timestep)[:, 0])
+                predicted = model.act(torch.cat(tuple(tokens), dim=1)[rows]).float()
+            if choice:
+                predicted = torch.multinomial(predicted.softmax(-1), 1, generator=draws)[:, 0]
+            actions[alive] = decode_actions(action_space, predicted.cpu().numpy())
+            encoded = torch.as_tensor(encode_actions(action_space, actions), device=device)
+            with autocast:
+                tokens.append(model.remember(encoded[:, None], timestep)[:, 0])
             observation, reward, terminated, truncated, _ = envs.step(actions)
             returns[alive] += reward[alive]
             lengths[alive] += 1
-            if t + 1 < T:
-                earned = torch.as_tensor(reward / scale, dtype=torch.float32, device=device)
-                rtg[:, t + 1, 0] = rtg[:, t, 0] - (0 if delayed else earned)
+            if not delayed:
+                to_go = to_go - torch.as_tensor(reward / scale, dtype=torch.float32, device=device)
             alive &= ~(terminated | truncated)
             bar.update()
-            if not alive.any():
+            if not alive.any() or t + 1 == T:
                 break
     envs.close()
     model.train(training)
     return [
-        {"target": target, **summarise(task, returns[i], lengths[i])}
+        {
+            "target": target,
+            **summarise(environment, returns[i], lengths[i]),
+            "cut": int(alive[i].sum()),
+        }
         for target, i in zip(targets, np.arange(n).reshape(len(targets), episodes), strict=True)
     ]
 
 
-def summarise(task, returns, lengths):
+def summarise(environment, returns, lengths):
     """Plain numbers of the episodes under one target: returns (E,), lengths (E,) -> dictionary."""
     return {
         "return_mean": float(returns.mean()),
         "return_std": float(returns.std()),
-        "score": float(normalised_score(task, returns.mean())),
+        "score": float(normalised_score(environment, returns.mean())),
         "length_mean": float(lengths.mean()),
         "returns": returns.tolist(),
         "lengths": lengths.tolist(),
@@ -115,6 +146,8 @@ def print_table(results):
         spread = f"{r['return_mean']:.1f} ± {r['return_std']:.1f}"
         line = f"{r['target']:8g} {spread:>18} {r['score']:7.1f} {r['length_mean']:7.0f}"
         print(f"{line}  {len(r['returns'])}")
+    if cut := sum(r["cut"] for r in results):
+        print(f"{cut} episodes were cut before their end (--episode-limit): returns are not whole")
     best = max(results, key=lambda r: r["return_mean"])
     print(f"best: target {best['target']:g}, score {best['score']:.1f}")
 
@@ -122,10 +155,11 @@ def print_table(results):
 # --- from a checkpoint to a model ----------------------------------------------------------------
 
 
-def build_model(settings, obs_dim, act_dim):
+def build_model(settings, environment):
     """The model that training starts from: on the CPU, in fp32, its trainable tensors marked.
 
-    settings: the fields of train.Config as a dictionary; of them lm, pretrained, train, embed,
+    environment: a tasks.Environment, for the shapes; settings: the fields of train.Config as a
+    dictionary; of them lm, pretrained, train, embed,
     max_ep_len, dropout, lora_*, lm_coef and seed are read. Returns (LaMo, base), where base names
     the language model underneath: {"lm", "sha256", "config"}. Raises UserError as load_gpt2 does.
     """
@@ -138,7 +172,9 @@ def build_model(settings, obs_dim, act_dim):
         lm = f"random weights in the shape of {settings['lm']}"
     base = {"lm": lm, "sha256": fingerprint(gpt), "config": asdict(gpt.config)}
     torch.manual_seed(settings["seed"])  # so that the new parts do not depend on the base
-    model = LaMo(gpt, obs_dim, act_dim, settings["embed"], settings["max_ep_len"])
+    obs_shape = observation_shape(environment.observation_space)
+    n_act, discrete = action_size(environment.action_space), is_choice(environment.action_space)
+    model = LaMo(gpt, obs_shape, n_act, discrete, settings["embed"], settings["max_ep_len"])
     if settings["train"] == "lora":
         rank, alpha = settings["lora_rank"], settings["lora_alpha"]
         inject_lora(gpt, rank, alpha, settings["lora_dropout"])
@@ -173,11 +209,15 @@ def read_checkpoint(path):
     if not isinstance(checkpoint, dict) or checkpoint.get("format") != FORMAT:
         raise UserError(f"{path} is not a checkpoint of this project's ({FORMAT})")
     kinds = {"settings": dict, "chosen": dict, "base": dict, "model": dict, "step": int}
-    kinds |= {"act_dim": int, "obs_mean": torch.Tensor, "obs_std": torch.Tensor}
+    kinds |= {"environment": dict, "obs_mean": torch.Tensor, "obs_std": torch.Tensor}
     wrong = [k for k, kind in kinds.items() if not isinstance(checkpoint.get(k), kind)]
     wrong += [k for k, t in checkpoint.get("model", {}).items() if not torch.is_tensor(t)]
     if wrong or checkpoint["obs_mean"].shape != checkpoint["obs_std"].shape:
         raise UserError(f"{path} lacks {', '.join(wrong) or 'obs_std'} as it should be: damaged")
+    try:
+        checkpoint["environment"] = unpack(checkpoint["environment"])
+    except Exception as error:  # of JSON, gymnasium and Minari
+        raise UserError(f"{path} describes no environment: {first_line(error)}") from error
     return checkpoint
 
 
@@ -190,8 +230,7 @@ def load_model(path, checkpoint):
     settings, train = checkpoint["settings"], checkpoint["settings"]["train"]
     if train == "all":  # nothing of the base is left: only its shape matters
         settings = settings | {"pretrained": False}
-    obs_dim, act_dim = len(checkpoint["obs_mean"]), checkpoint["act_dim"]
-    model, base = build_model(settings, obs_dim, act_dim)
+    model, base = build_model(settings, checkpoint["environment"])
     if train != "all" and base["sha256"] != checkpoint["base"]["sha256"]:
         raise UserError(
             f"{path} was trained on other weights ({checkpoint['base']['lm']}): SHA-256 "
@@ -213,53 +252,63 @@ def load_model(path, checkpoint):
 # --- the command ---------------------------------------------------------------------------------
 
 
+def check_mode(args):
+    """Raises UserError for a flag that acting, or talking, would not look at."""
+    acting, talking = ("target", "episodes", "episode_limit", "seed"), ("tokens", "corpus")
+    for name in talking if args.prompt is None else acting:
+        if getattr(args, name) is not None:
+            flag = "--" + name.replace("_", "-")
+            use = "talking: add --prompt TEXT" if name in talking else "acting, not for --prompt"
+            raise UserError(f"{flag} is for {use}")
+    if args.prompt is not None and args.json:
+        raise UserError("--json is for acting, not --prompt")
+
+
 def main():
     parser = Parser(prog="evaluate.py", description="Let a checkpoint of train.py act, or talk.")
     add = parser.add_argument
     add("checkpoint", help="ckpt.pt or best.pt of a run")
     add("--env", help="refuse a checkpoint of any other environment")
-    add("--target", type=float, nargs="+", help="target returns (default: the run's)")
+    add("--target", "--targets", type=float, nargs="+", help="target returns (default: the run's)")
     add("--episodes", type=int, help="episodes per target (default: the run's)")
+    add("--episode-limit", type=int, help="cut episodes here; 0 does not (default: the run's)")
     add(
         "--seed",
         type=int,
-        default=SEED,
         help=f"environment seed of the first episode (default {SEED}, as in training)",
     )
     add("--lm", help="where the language model's weights are (default: as in training)")
     add("--device", default="auto", help="cuda or cpu (default: cuda if there is one)")
     add("--json", action="store_true", help="print one JSON object instead of a table")
     add("--prompt", help="do not act but continue this text, before and after training")
-    add("--tokens", type=int, default=100, help="with --prompt: how many to add (default 100)")
-    add(
-        "--corpus",
-        default="english",
-        help="with --prompt: perplexity on a file, wikitext or english",
-    )
+    add("--tokens", type=int, help="with --prompt: how many to add (default 100)")
+    add("--corpus", help="with --prompt: perplexity on a file, wikitext or english (the default)")
     args = parser.parse_args()
-    check_numbers(vars(args), may_be_zero=("seed", "target"))
+    check_mode(args)
+    check_numbers(vars(args), may_be_zero=("seed", "target", "episode_limit"))
     checkpoint = read_checkpoint(args.checkpoint)
     settings, step = checkpoint["settings"], checkpoint["step"]
     if args.env and args.env != settings["env"]:
         raise UserError(f"{args.checkpoint} was trained on {settings['env']}, not {args.env}")
     if args.lm:
         settings["lm"] = args.lm
-    task, device = find_task(settings["env"]), choose_device(args.device)
+    if args.episode_limit is not None:
+        settings["episode_limit"] = args.episode_limit
+    device = choose_device(args.device)
     model = load_model(args.checkpoint, checkpoint).to(device)
     if args.prompt is not None:
         compare_language(args, checkpoint, model)
         return
 
-    env = make_env(task)
-    shapes = (len(checkpoint["obs_mean"]),), (checkpoint["act_dim"],)
-    if shapes != (env.observation_space.shape, env.action_space.shape):
-        raise UserError(f"{args.checkpoint} has spaces {shapes}, not those of {task.env_id}")
-    env.close()
+    if settings["dtype"] == "bf16" and settings["train"] != "all":
+        round_frozen(model)  # as in training
     stats = checkpoint["obs_mean"].to(device), checkpoint["obs_std"].to(device)
     targets = args.target or settings["targets"]
     episodes, quiet = args.episodes or settings["episodes"], args.json
+    seed = SEED if args.seed is None else args.seed
+    environment = checkpoint["environment"]
     results = rollout(
-        model, task, settings, *stats, targets, episodes, args.seed, progress=not quiet
+        model, environment, settings, stats, targets, episodes, seed, progress=not quiet
     )
     if args.json:
         print(json.dumps({"checkpoint": args.checkpoint, "step": step, "results": results}))
@@ -275,10 +324,9 @@ def compare_language(args, checkpoint, model):
     Before training is the base with untrained LoRA, which changes nothing.
     """
     device = model.gpt.wte.weight.device
-    obs_dim, act_dim = len(checkpoint["obs_mean"]), checkpoint["act_dim"]
-    before, _ = build_model(checkpoint["settings"], obs_dim, act_dim)
+    before, _ = build_model(checkpoint["settings"], checkpoint["environment"])
     encoding = get_encoding(before.gpt.config.vocab_size)
-    path, note = find_text(args.corpus, byte_level=True)
+    path, note = find_text(args.corpus or "english", byte_level=True)
     tokens = tokenise(path, encoding)[:TEXT_TOKENS]
     text_name = note.split(",")[0]
     learnt = checkpoint["chosen"].get("text", "").startswith(text_name)
@@ -287,7 +335,7 @@ def compare_language(args, checkpoint, model):
     steps = f"after {checkpoint['step']} steps"
     for when, lamo in (("before training", before.to(device)), (steps, model)):
         with merged(lamo):
-            text, perplexity = talk(lamo.gpt, args.prompt, args.tokens, tokens, encoding)
+            text, perplexity = talk(lamo.gpt, args.prompt, args.tokens or 100, tokens, encoding)
         print(f"\n--- {when}: perplexity {perplexity:.2f}\n{text}")
 
 

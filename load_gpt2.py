@@ -193,15 +193,16 @@ def load_gpt2(name_or_path, dropout=0.1):
     return gpt
 
 
-def save_gpt2(gpt, path, about):
+def save_gpt2(gpt, path, about, dtype=torch.float32):
     """Write a GPT in the hub's layout, so that load_gpt2 and transformers both read it back.
 
-    about: dictionary of strings kept in the header (where the weights come from).
+    about: dictionary of strings kept in the header (where the weights come from); dtype: of the
+    written weights, which are read back as fp32.
     """
     from safetensors.torch import save
 
     tensors = {
-        key: (tensor.t() if key.endswith(CONV1D) else tensor).contiguous()
+        key: (tensor.t() if key.endswith(CONV1D) else tensor).to(dtype).contiguous()
         for key, tensor in gpt.state_dict().items()
     }
     metadata = {"format": "pt", "config": json.dumps(asdict(gpt.config)), **about}
@@ -236,7 +237,7 @@ def talk(gpt, prompt, n, tokens, encoding, seed=0):
 
 
 def main():
-    from data import find_text, get_encoding, tokenise
+    from text import find_text, get_encoding, tokenise
 
     parser = Parser(prog="load_gpt2.py", description="Load a GPT-2 and let it show itself.")
     parser.add_argument("lm", help=f"{', '.join(HUB)}, mini, or a file or folder of weights")

@@ -15,6 +15,8 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
+from model import Dropout
+
 
 class LoRALinear(nn.Linear):
     """nn.Linear (C -> 3C) with a low-rank update on each third of its output.
@@ -30,7 +32,7 @@ class LoRALinear(nn.Linear):
         super().__init__(C, 3 * C, device="meta")
         self.weight, self.bias = linear.weight, linear.bias
         self.rank, self.scaling = rank, alpha / rank
-        self.lora_dropout = nn.Dropout(dropout)
+        self.lora_dropout = Dropout(dropout)
         self.lora_A = nn.Parameter(self.weight.new_empty(3 * rank, C, dtype=torch.float32))
         self.lora_B = nn.Parameter(self.weight.new_zeros(3 * C, rank, dtype=torch.float32))
         nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))  # as loralib's MergedLinear
@@ -39,17 +41,20 @@ class LoRALinear(nn.Linear):
 
     def forward(self, x):
         """(.., C) -> (.., 3C)."""
-        y = F.linear(x, self.weight, self.bias)
-        if self.frozen_weight is not None:
-            return y
-        low = F.linear(self.lora_dropout(x), self.lora_A)  # (.., 3r)
-        q, k, v = zip(low.chunk(3, dim=-1), self.lora_B.chunk(3), strict=True)
-        update = torch.cat([F.linear(*q), F.linear(*k), F.linear(*v)], dim=-1)  # (.., 3C)
-        return y + self.scaling * update
+        lead, x = x.shape[:-1], x.flatten(0, -2).to(self.weight.dtype)  # (N, C)
+        y = F.linear(x, self.weight, self.bias)  # (N, 3C)
+        if self.frozen_weight is None:
+            low = F.linear(self.lora_dropout(x), self.lora_A)  # (N, 3r)
+            B = torch.block_diag(*self.lora_B.chunk(3))  # (3C, 3r): Q, K and V in one product
+            y.addmm_(low.to(y.dtype), B.T.to(y.dtype), alpha=self.scaling)
+        return y.view(*lead, -1)
 
     @torch.no_grad()
     def merge(self):
-        """Add the update to the weight: one matrix product instead of three, the same output."""
+        """Add the update to the weight: one matrix product instead of three, the same output.
+
+        In fp32, that is. A weight in bf16 has no room for an update below half its last digit.
+        """
         if self.frozen_weight is not None:
             return
         A, B = self.lora_A.view(3, self.rank, -1), self.lora_B.view(3, -1, self.rank)
@@ -89,6 +94,17 @@ def mark_trainable(lamo, train, language=True):
             unread = name in ("gpt.wte.weight", "gpt.wpe.weight") and not language
             trained = train == "all" and not unread
         parameter.requires_grad_(trained)
+
+
+def round_frozen(model):
+    """Keep frozen matrices as bf16, in place: half the memory, and no cast at each use.
+
+    Under bf16 autocast nothing else changes, which rounds a matrix so whenever it multiplies. Only
+    wte is also looked up in, so a text's embeddings are rounded, too; wpe stays as it is.
+    """
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad and parameter.dim() == 2 and not name.endswith("wpe.weight"):
+            parameter.data = parameter.data.bfloat16()
 
 
 @contextmanager

@@ -5,6 +5,7 @@ Nothing of LaMo is in this file. Read it last, when you want to know what `UserE
 """
 
 import argparse
+import ctypes
 import difflib
 import functools
 import inspect
@@ -27,8 +28,20 @@ class UserError(Exception):
     """Something the user can put right. The message is one line: what was wrong, what to type."""
 
 
+def keep_freed_memory():
+    """Let freed memory be used again, where the C library would give it back to the system.
+
+    glibc hands blocks above some 32 MB, and the heap's end, back at once, and every step then pays
+    for having its pages made anew: a tenth of a CPU step. Does nothing with other C libraries.
+    """
+    if sys.platform == "linux" and hasattr(ctypes.CDLL(None), "mallopt"):
+        ctypes.CDLL(None).mallopt(-3, 2**30)  # M_MMAP_THRESHOLD: blocks the system is asked for
+        ctypes.CDLL(None).mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: free memory kept at the end
+
+
 def run_command(main):
     """Run a command's `main()`: a `UserError` becomes one line on stderr and exit code 2."""
+    keep_freed_memory()
     try:
         main()
     except KeyboardInterrupt:
@@ -139,17 +152,17 @@ def check_numbers(settings, may_be_zero):
                     raise UserError(f"{flag} has {x} in it, but must be finite")
 
 
-def choose(kind, name, valid):
+def choose(kind, name, valid, more=""):
     """Check that `name` is one of `valid`. Returns `name`.
 
-    Raises UserError naming the valid ones and the nearest to what was typed.
+    Raises UserError naming the valid ones, the nearest to what was typed, and `more`.
     """
     valid = list(valid)
     if name in valid:
         return name
     near = difflib.get_close_matches(str(name), valid, n=1, cutoff=0.5)
     hint = f" Did you mean {near[0]}?" if near else ""
-    raise UserError(f"unknown {kind} '{name}'; valid: {', '.join(valid)}.{hint}")
+    raise UserError(f"unknown {kind} '{name}'; valid: {', '.join(valid)}.{more}{hint}")
 
 
 def write_atomically(path, write):

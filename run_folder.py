@@ -20,7 +20,10 @@ from tasks import normalised_score
 def make_run_folder(settings):
     """A new folder under --out, named after the run. Raises UserError if it cannot be made."""
     parts = (settings["env"], settings["method"], f"{settings['ratio']:g}", f"s{settings['seed']}")
-    folder = Path(settings["out"]) / ("-".join(parts) + time.strftime("-%Y%m%d-%H%M%S"))
+    name = (
+        "-".join(parts).replace("/", "-").strip("-.")
+    )  # what has no row in tasks.py has a dataset's name
+    folder = Path(settings["out"]) / (name + time.strftime("-%Y%m%d-%H%M%S"))
     try:
         folder.mkdir(parents=True)
     except OSError as error:
@@ -28,20 +31,27 @@ def make_run_folder(settings):
     return folder
 
 
-def begin_run(settings, task, notes, data, model, base, world):
+def begin_run(settings, environment, notes, data, model, base, world):
     """Make the run's folder, print what will be done, write it to config.json. Returns a Path."""
     folder = make_run_folder(settings)
     n_trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     n_all = sum(p.numel() for p in model.parameters())
     mean, std = data.returns.mean(), data.returns.std()
-    score = normalised_score(task, mean)
-    print(f"task     {settings['env']} ({task.env_id}), ", end="")
-    print(f"method {settings['method']}, embed {settings['embed']}")
+    score = normalised_score(environment, mean)
+    print(f"task     {settings['env']}, method {settings['method']}, embed {settings['embed']}")
+    print(f"environ  {notes['environment']}")
     print(f"dataset  {notes['dataset']}")
     print(f"         {len(data.lengths)} episodes, {len(data)} steps, ", end="")
     print(f"return {mean:.1f} ± {std:.1f} (score {score:.1f})")
+    print(f"targets  {notes['targets']}")
+    print(f"scale    {notes['scale']}")
+    print(f"max len  {notes['max_ep_len']}")
+    if "episode_limit" in notes:
+        print(f"limit    {notes['episode_limit']}")
     print(f"lm       {notes['lm']}" + ("" if settings["pretrained"] else ", random weights"))
     print(f"text     {notes['text']}")
+    if "similarity" in notes:
+        print(f"similar  {notes['similarity']}")
     print(f"preset   {notes['preset']}: {settings['steps']} steps, ", end="")
     print(f"lr {settings['lr']:g} after {settings['warmup']} of warm-up")
     processes = "" if world == 1 else f", {world} processes"
@@ -101,11 +111,12 @@ def final_result(evaluations, steps):
         "return_mean": best["return_mean"],
         "targets": targets,
         "evaluations_averaged": len(late),
+        "episodes_cut": sum(r["cut"] for results in late for r in results),
         "best_single_evaluation": single,
     }
 
 
-def end_run(folder, settings, task, notes, data, evaluations, seconds, evaluating):
+def end_run(folder, settings, environment, notes, data, evaluations, seconds, evaluating):
     """Compute the run's score, write it to result.json and print it."""
     result = final_result(evaluations, settings["steps"])
     result |= {"dataset": notes["dataset"], "lm": notes["lm"]}
@@ -118,8 +129,14 @@ def end_run(folder, settings, task, notes, data, evaluations, seconds, evaluatin
     for r in result["targets"]:
         print(f"{r['target']:8g} {r['return_mean']:8.1f} {r['score']:7.1f}")
     mean = data.returns.mean()
-    print(f"{'dataset':>8} {mean:8.1f} {normalised_score(task, mean):7.1f}   its episodes")
+    print(f"{'dataset':>8} {mean:8.1f} {normalised_score(environment, mean):7.1f}   its episodes")
     print(f"score {result['score']:.1f}, of target {result['target']:g}; ", end="")
     print(f"best single evaluation {result['best_single_evaluation']:.1f}")
+    if result["episodes_cut"]:
+        print(
+            f"{result['episodes_cut']} late episodes were cut at {settings['episode_limit']} ",
+            end="",
+        )
+        print("steps, before their end: their returns are not whole (--episode-limit 0)")
     print(f"{seconds:.0f} s, of which {evaluating:.0f} s evaluating")
     print(f"next: python evaluate.py {folder / 'ckpt.pt'}   (or best.pt)")

@@ -5,6 +5,9 @@
 A plain loop: random blocks, AdamW, linear warm-up, cosine decay. The vocabulary is 257 bytes unless
 --vocab-size says otherwise, so the quality is told in bits per byte of the held-out text, which
 compares across vocabularies. The result is an `--lm PATH` for train.py.
+
+The paper asks what of pre-training helps control (its Figure 7): a model stopped early is fewer
+`--steps`, and one of a random corpus learns with `--shuffle-words`, the same words in no order.
 """
 
 import json
@@ -16,7 +19,6 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from data import check_text, get_encoding, sample_text, tokenise
 from load_gpt2 import fingerprint, save_gpt2
 from model import GPT, GPTConfig, text_loss
 from plumbing import (
@@ -28,6 +30,7 @@ from plumbing import (
     parse_flags,
     run_command,
 )
+from text import check_text, get_encoding, sample_text, tokenise
 
 
 @dataclass
@@ -41,6 +44,8 @@ class Config:
     vocab_size: int = 257  # 257 for bytes, 50257 for GPT-2's BPE
     block_size: int = 256  # tokens of a block; GPT-2's is 1024
     dropout: float = 0.0  # while pre-training
+    shuffle_words: bool = False  # a random corpus: the words of each block in random order
+    half: bool = False  # write the weights as bf16: half the file
     steps: int = 1800  # optimiser steps
     batch: int = 64  # blocks a step
     micro_batch: int = 16  # blocks at a time: bounds memory, changes nothing else
@@ -57,6 +62,23 @@ class Config:
 def bits_per_byte(gpt, tokens, n_bytes):
     """Cross-entropy of a text in bits per UTF-8 byte: comparable between vocabularies."""
     return text_loss(gpt, tokens) * len(tokens) / n_bytes / math.log(2)
+
+
+def word_starts(encoding):
+    """Which tokens begin a word: (V,) bool, those that begin with white space, as GPT-2's do."""
+    known = range(encoding.n_vocab - 1)  # the last one ends a text
+    starts = [encoding.decode_single_token_bytes(token)[:1].isspace() for token in known]
+    return torch.tensor([*starts, True])
+
+
+def shuffle_words(tokens, starts, generator):
+    """Each row's words in random order, each word's tokens together and in theirs: (b, L) int.
+
+    starts: what word_starts returns. The tokens of a row stay the same, only their order is lost.
+    """
+    word = starts[tokens].long().cumsum(1)  # (b, L): which word of its row a token belongs to
+    place = torch.rand(word.shape[0], word.shape[1] + 1, generator=generator).gather(1, word)
+    return tokens.gather(1, place.argsort(dim=1, stable=True))
 
 
 def main():
@@ -77,6 +99,7 @@ def main():
     tokens = np.concatenate([tokenise(path, encoding) for path in c.text])
     heldout = np.concatenate([tokenise(path, encoding) for path in c.heldout])
     heldout_bytes = sum(Path(path).stat().st_size for path in c.heldout)
+    starts = word_starts(encoding) if c.shuffle_words else None
     check_text(tokens, c.block_size)
     check_text(heldout, 1)
 
@@ -101,7 +124,11 @@ def main():
         cosine = 0.55 + 0.45 * math.cos(math.pi * step / c.steps)
         for group in optimiser.param_groups:
             group["lr"] = c.lr * min(step / c.warmup, cosine)
-        x, y = (t.to(device) for t in sample_text(tokens, c.batch, c.block_size, generator))
+        x, y = sample_text(tokens, c.batch, c.block_size, generator)
+        if c.shuffle_words:
+            block = shuffle_words(torch.cat([x, y[:, -1:]], 1), starts, generator)
+            x, y = block[:, :-1], block[:, 1:]
+        x, y = x.to(device), y.to(device)
         mean_loss = 0.0
         for i in range(0, c.batch, c.micro_batch):
             part = slice(i, i + c.micro_batch)
@@ -121,9 +148,10 @@ def main():
                 log[-1]["bits_per_byte"] = bits_per_byte(gpt, heldout, heldout_bytes)
             bar.write(f"step {step}: held-out {log[-1]['bits_per_byte']:.3f} bits per byte")
             about = {"steps": f"{step} of {c.steps}", "log": json.dumps(log)}
+            about["word_order"] = "random in each block" if c.shuffle_words else "the text's"
             about["learnt"] = json.dumps([Path(path).name for path in c.text])
             about["heldout"] = json.dumps([Path(path).name for path in c.heldout])
-            save_gpt2(gpt, c.out, about)
+            save_gpt2(gpt, c.out, about, torch.bfloat16 if c.half else torch.float32)
     bar.close()
     print(f"wrote {c.out}, SHA-256 of its weights {fingerprint(gpt)}")
 

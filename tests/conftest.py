@@ -4,16 +4,21 @@ import os
 import tempfile
 from pathlib import Path
 
-# Before anything is imported: no network, no GPU, and folders that are not the user's.
+# Before anything is imported: no network, no GPU unless asked for, and folders of our own.
 FOLDER = tempfile.TemporaryDirectory(prefix="lamo-tests-")
 os.environ["HF_HUB_OFFLINE"] = "1"
-os.environ["CUDA_VISIBLE_DEVICES"] = ""
+if not os.environ.get("LAMO_TEST_CUDA"):
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
 os.environ["OMP_NUM_THREADS"] = "1"
 os.environ["LAMO_CACHE"] = f"{FOLDER.name}/cache"
 os.environ["MINARI_DATASETS_PATH"] = f"{FOLDER.name}/minari"
 
+import gymnasium as gym
+import numpy as np
 import pytest
 import torch
+
+from tasks import Environment, find_task
 
 ROOT = Path(__file__).resolve().parent.parent
 SHARED = Path(os.environ.get("LAMO_SHARED", ROOT.parent / "shared"))  # reference files, if any
@@ -22,6 +27,26 @@ SHARED = Path(os.environ.get("LAMO_SHARED", ROOT.parent / "shared"))  # referenc
 @pytest.fixture(autouse=True)
 def _seed():
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def hopper():
+    """The Environment of the task hopper, without a dataset."""
+    _, task = find_task("hopper")
+    env = gym.make(task.env_id)
+    spaces = env.observation_space, env.action_space
+    return Environment(env.spec, *spaces, task.random, task.expert)
+
+
+@pytest.fixture
+def boxes():
+    """Make an Environment, in name only, of vectors: O numbers seen and A done."""
+
+    def make(obs_dim, act_dim):
+        seen, done = gym.spaces.Box(-np.inf, np.inf, (obs_dim,)), gym.spaces.Box(-1, 1, (act_dim,))
+        return Environment(gym.spec("Hopper-v5"), seen, done, 0.0, 1.0)
+
+    return make
 
 
 @pytest.fixture

@@ -3,39 +3,31 @@
 import itertools
 import json
 import os
-import shutil
 from pathlib import Path
 
 import gymnasium as gym
 import h5py
 import minari
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from minari.data_collector import EpisodeBuffer
 from scipy.stats import chisquare
 
 import data
 from data import (
-    Trajectories,
-    check_text,
     find_dataset,
-    find_text,
-    get_encoding,
     load_trajectories,
-    parquet_to_text,
     read_dataset,
     returns_to_go,
-    sample_text,
-    sample_windows,
-    tokenise,
 )
+from model import FrameEncoder
 from plumbing import UserError
-from tasks import TASKS, make_env
+from spaces import shrink
+from tasks import TASKS
+from windows import STACK, Trajectories, sample_windows
 
 VERSION = itertools.count()  # a new name for each dataset
 OBS, ACT = gym.spaces.Box(-np.inf, np.inf, (3,)), gym.spaces.Box(-1, 1, (2,))
@@ -73,7 +65,7 @@ def five_episodes():
 @pytest.mark.parametrize("mode", ["normal", "delayed"])
 def test_flat_tensors_equal_the_episodes(five_episodes, mode):
     dataset, episodes = five_episodes
-    flat = load_trajectories(dataset, OBS, ACT, scale=10.0, mode=mode)
+    flat = load_trajectories(dataset, ACT, scale=10.0, mode=mode)
     observations = np.concatenate([e.observations[:-1] for e in episodes]).astype(np.float64)
     mean, std = observations.mean(0), observations.std(0) + 1e-6
     i = 0
@@ -112,8 +104,8 @@ def test_ratio_keeps_whole_trajectories_drawn_by_the_seed(five_episodes, ratio, 
     dataset, _ = five_episodes
     seen = set()
     for seed in range(60):
-        flat = load_trajectories(dataset, OBS, ACT, 1.0, ratio, seed=seed)
-        again = load_trajectories(dataset, OBS, ACT, 1.0, ratio, seed=seed)
+        flat = load_trajectories(dataset, ACT, 1.0, ratio, seed=seed)
+        again = load_trajectories(dataset, ACT, 1.0, ratio, seed=seed)
         assert torch.equal(flat.obs, again.obs)
         assert len(flat.lengths) == kept
         assert set(flat.lengths.tolist()) <= {4, 1, 9, 6, 2}
@@ -139,6 +131,7 @@ def flat_numbers(lengths):
         end=end,
         obs_mean=one,
         obs_std=one,
+        scale=1.0,
         returns=np.zeros(len(lengths)),
         lengths=np.array(lengths),
     )
@@ -182,7 +175,7 @@ def test_windows_of_a_dataset_hold_what_its_episodes_say(rewards, mode, context,
     """From Minari's files to a batch, returns-to-go included, against a loop over samples."""
     rng = np.random.default_rng(seed)
     episodes = [random_episode(rng, len(r), r) for r in rewards]
-    flat = load_trajectories(make_dataset("windows", episodes), OBS, ACT, scale=10.0, mode=mode)
+    flat = load_trajectories(make_dataset("windows", episodes), ACT, scale=10.0, mode=mode)
     generator = torch.Generator().manual_seed(seed)
     rtg, obs, act, timestep, valid = sample_windows(flat, 16, context, generator)
     obs = obs * flat.obs_std + flat.obs_mean
@@ -207,6 +200,87 @@ def test_first_steps_are_uniform_over_transitions():
     assert chisquare(counts).pvalue > 1e-3
     skewed = counts + np.where(np.arange(50) == 0, 300, 0)  # the test itself can fail
     assert chisquare(skewed).pvalue < 1e-3
+
+
+# --- pictures ------------------------------------------------------------------------------------
+
+PICTURES = gym.spaces.Box(0, 255, (40, 50, 3), np.uint8)
+
+
+def picture_episode(rng, length):
+    return EpisodeBuffer(
+        observations=rng.integers(0, 256, (length + 1, 40, 50, 3), np.uint8),
+        actions=rng.integers(0, 3, length),
+        rewards=rng.normal(size=length),
+        terminations=np.arange(length) == length - 1,
+        truncations=np.zeros(length, bool),
+    )
+
+
+def picture_dataset(lengths, **how):
+    rng = np.random.default_rng(0)
+    episodes = [picture_episode(rng, n) for n in lengths]
+    made = minari.create_dataset_from_buffers(
+        f"test/pictures-v{next(VERSION)}",
+        episodes,
+        observation_space=PICTURES,
+        action_space=gym.spaces.Discrete(3),
+        ref_min_score=0.0,
+        **how,
+    )
+    return read_dataset(Path(made.spec.data_path).parent), episodes
+
+
+@pytest.mark.parametrize("part", [1, 4, 256])
+@pytest.mark.parametrize("how", [{}, {"jpeg_encoding": False}, {"data_format": "arrow"}], ids=str)
+def test_frames_are_the_pictures_made_small(monkeypatch, part, how):
+    monkeypatch.setattr(data, "PICTURES_AT_A_TIME", part)
+    dataset, written = picture_dataset([5, 1, 9], **how)
+    flat = load_trajectories(dataset, gym.spaces.Discrete(3))
+    assert flat.obs.dtype == torch.uint8
+    assert flat.obs_mean.shape == flat.obs_std.shape == (0,)
+    n = 0
+    for episode, original in zip(dataset.iterate_episodes(), written, strict=True):
+        T = len(episode)
+        if how == {"jpeg_encoding": False}:
+            np.testing.assert_array_equal(episode.observations, original.observations)
+        assert torch.equal(flat.obs[n : n + T], shrink(episode.observations[:T]))
+        assert flat.act[n : n + T].tolist() == original.actions.tolist()
+        n += T
+    assert n == len(flat)
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.lists(st.integers(1, 9), min_size=1, max_size=6), st.integers(1, 7), st.integers(0, 1000))
+def test_states_of_frames_equal_a_loop_over_stacks(lengths, context, seed):
+    """Frame i shows i + 1; a state is the frame and the three before it, black before a start."""
+    flat = flat_numbers(lengths)
+    flat.obs = torch.arange(1, len(flat) + 1, dtype=torch.uint8)[:, None, None].expand(-1, 2, 2)
+    rtg, obs, _, timestep, valid = sample_windows(
+        flat, 8, context, torch.Generator().manual_seed(seed)
+    )
+    assert obs.shape == (8, context + STACK - 1, 2, 2)
+    for b in range(8):
+        for k in range(context):
+            if valid[b, k]:
+                number, t = int(rtg[b, k, 0]), int(timestep[b, k])
+                stack = [number - back + 1 if back <= t else 0 for back in (3, 2, 1, 0)]
+                assert obs[b, k : k + STACK, 0, 0].tolist() == stack
+                assert (obs[b, k : k + STACK] == obs[b, k : k + STACK, :1, :1]).all()
+
+
+def test_the_model_reads_the_states_of_overlapping_frames():
+    """FrameEncoder on a window equals its layers on one stack at a time."""
+    encoder = FrameEncoder(16, "mlp")
+    frames = torch.randint(0, 256, (2, 6 + STACK - 1, 84, 84), dtype=torch.uint8)
+    together = encoder(frames)
+    assert together.shape == (2, 6, 16)
+    for k in range(6):
+        stack = frames[:, k : k + STACK].float() / 255  # (2, STACK, 84, 84)
+        assert torch.allclose(together[:, k], encoder.mlp(encoder.conv(stack)), atol=1e-5)
+
+
+# --- what is refused -----------------------------------------------------------------------------
 
 
 def nan_observation(e):
@@ -234,7 +308,7 @@ def test_values_that_are_not_finite_are_refused(spoil, message):
     episodes = [random_episode(rng, 4), random_episode(rng, 5)]
     spoil(episodes[1])
     with pytest.raises(UserError, match=message):
-        load_trajectories(make_dataset("spoilt", episodes), OBS, ACT, 1.0)
+        load_trajectories(make_dataset("spoilt", episodes), ACT, 1.0)
 
 
 def test_an_empty_episode_is_refused(five_episodes):
@@ -246,22 +320,7 @@ def test_an_empty_episode_is_refused(five_episodes):
             del group[key]
             group[key] = values
     with pytest.raises(UserError, match="episode 1 is empty"):
-        load_trajectories(dataset, OBS, ACT, 1.0)
-
-
-@pytest.mark.parametrize(
-    ("observation_space", "action_space", "message"),
-    [
-        (gym.spaces.Box(-1, 1, (4,)), ACT, r"observations are Box\(.*\(3,\).*\(4,\)"),
-        (OBS, gym.spaces.Box(-1, 1, (1,)), r"actions are Box\(.*\(2,\).*\(1,\)"),
-        (OBS, gym.spaces.Discrete(2), r"actions are Box\(.*the env's are Discrete\(2\)"),
-    ],
-)
-def test_spaces_that_differ_from_the_environments_are_refused(
-    five_episodes, observation_space, action_space, message
-):
-    with pytest.raises(UserError, match=message):
-        load_trajectories(five_episodes[0], observation_space, action_space, 1.0)
+        load_trajectories(dataset, ACT, 1.0)
 
 
 # --- which dataset -------------------------------------------------------------------------------
@@ -270,32 +329,31 @@ HOPPER = TASKS["hopper"]
 
 
 def test_bundled_set_is_what_it_says_and_serves_small_ratios_only():
-    dataset, share, note = find_dataset(HOPPER, 0.01)
+    dataset, share, note = find_dataset("hopper", HOPPER, 0.01)
     assert share == 0.01
     assert "bundled lamo/hopper/medium-1pct-v0" in note
     assert "no network" in note
     about = json.loads((data.BUNDLED / HOPPER.bundled / "about.json").read_text())
-    env = make_env(HOPPER)
-    spaces = env.observation_space, env.action_space
-    flat = load_trajectories(dataset, *spaces, HOPPER.scale, 0.01 / share)
+    space = dataset.action_space
+    flat = load_trajectories(dataset, space, HOPPER.scale, 0.01 / share)
     assert len(flat) == about["steps"]
     assert len(flat.lengths) == about["episodes"]
     assert flat.returns.mean() == pytest.approx(about["return_mean"], rel=1e-5)
-    half = load_trajectories(dataset, *spaces, HOPPER.scale, 0.005 / share)
+    half = load_trajectories(dataset, space, HOPPER.scale, 0.005 / share)
     assert len(half.lengths) == about["episodes"] // 2
     with pytest.raises(UserError, match="--steps 1000000") as caught:
-        find_dataset(HOPPER, 0.02)
-    assert "ratios up to 0.01, not 0.02" in str(caught.value)
+        find_dataset("hopper", HOPPER, 0.02)
+    assert "--ratio 0.02 asks for more than the 0.01 of" in str(caught.value)
     for name in (HOPPER.bundled, str(data.BUNDLED / HOPPER.bundled)):  # by name too
-        assert find_dataset(HOPPER, 0.01, name)[1] == 0.01
-        with pytest.raises(UserError, match=r"ratios up to 0\.01"):
-            find_dataset(HOPPER, 1.0, name)
+        assert find_dataset("hopper", HOPPER, 0.01, name)[1] == 0.01
+        with pytest.raises(UserError, match=r"more than the 0\.01 of"):
+            find_dataset("hopper", HOPPER, 1.0, name)
 
 
 def test_bundled_set_replays_in_the_environment():
     """The recorded actions, from the recorded seeds, give the recorded rewards again."""
-    dataset, _, _ = find_dataset(HOPPER, 0.01)
-    env = make_env(HOPPER)
+    dataset, _, _ = find_dataset("hopper", HOPPER, 0.01)
+    env = gym.make(HOPPER.env_id)
     metadata = list(dataset.storage.get_episode_metadata(range(2)))
     for episode, about in zip(dataset.iterate_episodes(range(2)), metadata, strict=True):
         observation, _ = env.reset(seed=int(about["seed"]))
@@ -311,7 +369,7 @@ def test_bundled_set_replays_in_the_environment():
 def test_a_recorded_set_is_preferred_to_the_bundled_one(tmp_path, monkeypatch):
     monkeypatch.setenv("MINARI_DATASETS_PATH", str(tmp_path))
     rng = np.random.default_rng(0)
-    for name in (HOPPER.collected, HOPPER.dataset):
+    for name in (HOPPER.recorded, HOPPER.dataset.format(quality="medium")):
         minari.create_dataset_from_buffers(
             name,
             [random_episode(rng, 3)],
@@ -319,7 +377,7 @@ def test_a_recorded_set_is_preferred_to_the_bundled_one(tmp_path, monkeypatch):
             action_space=ACT,
             ref_min_score=0.0,
         )
-        dataset, share, note = find_dataset(HOPPER, 1.0)
+        dataset, share, note = find_dataset("hopper", HOPPER, 1.0)
         assert dataset.spec.dataset_id == name  # and the task's own before the recorded one
         assert share == 1.0
         assert name in note
@@ -355,140 +413,13 @@ def test_a_download_is_whole_or_absent(tmp_path, monkeypatch):
 
 def test_a_dataset_asked_for_by_name_is_found_or_an_error(five_episodes):
     dataset, _ = five_episodes
-    found, share, note = find_dataset(HOPPER, 1.0, dataset.spec.dataset_id)
+    found, share, note = find_dataset("hopper", HOPPER, 1.0, dataset.spec.dataset_id)
     assert found.spec.dataset_id == dataset.spec.dataset_id
     folder = Path(dataset.spec.data_path).parent
-    found, share, note = find_dataset(HOPPER, 1.0, str(folder))
-    assert (share, note) == (1.0, f"{folder} in {folder}, as asked")
+    found, share, note = find_dataset("hopper", HOPPER, 1.0, str(folder))
+    assert (share, note) == (1.0, f"{folder}, as asked")
     with pytest.raises(UserError, match="minari download mujoco/hopper/expert-v0"):
-        find_dataset(HOPPER, 0.01, "mujoco/hopper/expert-v0")
+        find_dataset("hopper", HOPPER, 0.01, "mujoco/hopper/expert-v0")
     (folder / "data" / "main_data.hdf5").write_bytes(b"not HDF5")
     with pytest.raises(UserError, match="no readable Minari dataset"):
-        load_trajectories(find_dataset(HOPPER, 1.0, str(folder))[0], OBS, ACT, 1.0)
-
-
-# --- text ----------------------------------------------------------------------------------------
-
-
-@given(st.text())
-def test_byte_tokens_are_the_bytes(text):
-    encoding = get_encoding(257)
-    assert bytes(encoding.encode_ordinary(text)) == text.encode()
-    assert encoding.decode(encoding.encode_ordinary(text)) == text
-    assert encoding.n_vocab == 257
-
-
-def test_gpt2_bpe_gives_the_published_token_ids(shared, monkeypatch):
-    monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(shared("tiktoken")))
-    encoding = get_encoding(50257)
-    for case in json.loads(shared("gpt2/golden_logits.json").read_text()):
-        assert encoding.encode_ordinary(case["prompt"]) == case["token_ids"]
-
-
-def test_gpt2_bpe_from_the_hub_is_the_same(shared, monkeypatch, tmp_path):
-    files = {"merges.txt": data.TIKTOKEN_FILES[0], "vocab.json": data.TIKTOKEN_FILES[1]}
-    repository = tmp_path / "models--openai-community--gpt2"
-    (repository / "snapshots" / "abc").mkdir(parents=True)
-    (repository / "refs").mkdir()
-    (repository / "refs" / "main").write_text("abc")
-    for name, tiktoken_name in files.items():
-        shutil.copy(shared("tiktoken") / tiktoken_name, repository / "snapshots" / "abc" / name)
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
-    monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(tmp_path / "empty"))
-    from_hub = get_encoding(50257)
-    monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(shared("tiktoken")))
-    text = shared("text/wikitext-2-test.txt").read_text()[:50_000] + " 123 naïve 日本"
-    assert from_hub.encode_ordinary(text) == get_encoding(50257).encode_ordinary(text)
-    assert from_hub.n_vocab == 50257
-
-
-def test_gpt2_bpe_without_its_files_says_what_to_do(monkeypatch, tmp_path):
-    monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(tmp_path))
-    with pytest.raises(UserError, match="set TIKTOKEN_CACHE_DIR"):
-        get_encoding(50257)
-    with pytest.raises(UserError, match=r"known: 50257 \(GPT-2\), 257 \(bytes\)"):
-        get_encoding(1000)
-
-
-@settings(
-    max_examples=20, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
-@given(text=st.text(min_size=1, max_size=300), chunk=st.integers(1, 50))
-def test_a_token_file_holds_the_whole_text(tmp_path, monkeypatch, text, chunk):
-    monkeypatch.setattr(data, "CHUNK", chunk)
-    path = tmp_path / "text.txt"
-    path.write_bytes(text.encode())
-    tokens = tokenise(path, get_encoding(257))
-    assert tokens.dtype == np.uint16
-    assert bytes(tokens.astype(np.uint8)) == text.encode()
-
-
-def test_tokens_are_cached_by_content(tmp_path, monkeypatch):
-    path = tmp_path / "text.txt"
-    path.write_text("hello " * 10)
-    first = tokenise(path, get_encoding(257))
-    cached = data.cache_folder() / "tokens"
-    files = set(cached.iterdir())
-    assert np.array_equal(tokenise(path, get_encoding(257)), first)
-    assert set(cached.iterdir()) == files
-    path.write_text("hallo " * 10)  # same length, another text
-    assert not np.array_equal(tokenise(path, get_encoding(257)), first)
-
-
-def test_texts_that_cannot_be_used_are_refused(tmp_path):
-    (tmp_path / "latin1.txt").write_bytes("café ".encode("latin-1") * 10)
-    (tmp_path / "empty.txt").write_bytes(b"")
-    encoding = get_encoding(257)
-    for name, message in (
-        ("latin1.txt", "is not UTF-8"),
-        ("empty.txt", "is empty"),
-        ("absent.txt", "cannot read the text"),
-    ):
-        with pytest.raises(UserError, match=message):
-            tokenise(tmp_path / name, encoding)
-    with pytest.raises(UserError, match="has 10 tokens, but a block needs 11"):
-        check_text(np.zeros(10, np.uint16), 10)
-    check_text(np.zeros(11, np.uint16), 10)
-
-
-@settings(deadline=None)
-@given(st.integers(2, 200), st.integers(1, 5), st.integers(0, 100))
-def test_blocks_of_text_and_their_targets(n, batch, seed):
-    tokens = np.arange(n, dtype=np.uint16)
-    length = max(1, n // 3)
-    x, y = sample_text(tokens, batch, length, torch.Generator().manual_seed(seed))
-    assert x.shape == y.shape == (batch, length)
-    assert torch.equal(y, x + 1)
-    assert torch.equal(x - x[:, :1], torch.arange(length).expand(batch, -1))
-    assert y.max() <= n - 1
-
-
-def test_every_block_can_be_drawn():
-    x, y = sample_text(np.arange(5, dtype=np.uint16), 200, 3, torch.Generator().manual_seed(0))
-    assert set(x[:, 0].tolist()) == {0, 1}
-    assert y.max() == 4
-
-
-def test_default_text_without_a_network_is_the_python_manual():
-    path, note = find_text("auto", byte_level=True)
-    text = path.read_text(encoding="utf-8")
-    assert "The Python manual" in f"The {note.removeprefix('the ')}"
-    assert "no network" in note
-    assert "exception" in text
-    assert find_text("english", byte_level=False)[0] == path
-    for corpus, byte_level in (("auto", False), ("wikitext", True)):
-        with pytest.raises(UserError, match="--corpus FILE"):
-            find_text(corpus, byte_level)
-    with pytest.raises(UserError, match="there is no text"):
-        find_text(str(path) + "x", True)
-
-
-def test_parquet_columns_become_one_text(tmp_path):
-    rows = [["", " = Title = \n", " Été . \n"], [" next \n"]]
-    files = []
-    for i, part in enumerate(rows):
-        files.append(tmp_path / f"{i}.parquet")
-        pq.write_table(pa.table({"text": part}), files[-1])
-    with open(tmp_path / "out.txt", "wb") as out:
-        parquet_to_text(files, out)
-    assert (tmp_path / "out.txt").read_bytes().decode() == "".join(rows[0] + rows[1])
+        load_trajectories(find_dataset("hopper", HOPPER, 1.0, str(folder))[0], ACT, 1.0)

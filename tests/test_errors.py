@@ -23,6 +23,8 @@ from data import BUNDLED
 from evaluate import build_model, trained_state
 from experiments import collect, pretrain
 from plumbing import UserError, run_command, write_atomically
+from settings import resolve
+from tasks import TASKS, pack
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -55,9 +57,9 @@ def _no_run_is_begun(tmp_path, monkeypatch):
 
 
 BAD_TRAIN_FLAGS = {
-    "--env hoper": "unknown env 'hoper'; valid: hopper. Did you mean hopper?",
+    "--env hoper": "Did you mean hopper?",
     "--method lamo-nlm": "Did you mean lamo-nolm?",
-    "--method x": "valid: lamo, lamo-nolm, lamo-linear, lamo-freeze, lamo-full, lamo-random, dt",
+    "--method x": "lamo-nolm, lamo-linear, lamo-freeze, lamo-full, lamo-random, wiki-rl",
     "--lm gpt2-smal": "unknown lm 'gpt2-smal'",
     "--lm nowhere/model.safetensors": "there is no weights file nowhere/model.safetensors",
     "--ratio 0": "--ratio is 0, but must be above 0 and at most 1",
@@ -67,13 +69,26 @@ BAD_TRAIN_FLAGS = {
     "--ratio 0.5": "--steps 1000000",
     "--mode sparse": "unknown mode 'sparse'; valid: normal, delayed",
     "--embed cnn": "valid: linear, mlp",
+    "--quality best": "unknown quality 'best'; valid: simple, medium, expert",
+    "--env reacher2d --quality expert": "--quality does not apply: reacher2d has one dataset",
+    "--quality expert": "run `minari download mujoco/hopper/expert-v0` where there is a network",
+    "--env kitchen-mixed": "run `minari download D4RL/kitchen/mixed-v2` where there is a network",
+    "--env spaceinvadors": "Other Atari games go by their names",
+    "--dataset lamo/hopper/random-v0": "experiments.collect --env NAME --steps N (and --random",
+    "--dataset d4rl/hopper/medium-v2": "collect --env NAME --import-d4rl FILE.hdf5",
+    "--dataset dqn-replay/pong/logged-v0": "--env NAME --import-dqn-replay FOLDER",
+    "--dataset=": "--dataset is empty; give a Minari id or a dataset's folder",
+    "--dataset short.txt": "short.txt is a file; give the dataset's folder",
+    "--dataset .": "is no whole Minari dataset: it lacks data/metadata.json",
+    "--env CartPole-v1": "anything else is found from its data: --dataset instead of --env",
+    "--cooldown 1.5": "--cooldown is 1.5, but is a share: at most 1",
     "--steps 0": "--steps is 0, but must be above 0",
     "--steps many": "invalid int value: 'many'",
     "--lr -1": "--lr is -1.0, but must be above 0",
     "--lr inf": "--lr is inf",
     "--dropout 1": "--dropout is 1.0, but must be below 1",
     "--lm dt": "--lm dt is a shape without weights",
-    "--lm-length 4096": "--lm-length is 4096; the model knows 256",
+    "--lm-length 4096": "blocks of 4096 tokens, but the model knows 256: use --lm-length 256",
     "--stepz 3": "unrecognized arguments: --stepz 3",
     "--device tpu": "unknown device 'tpu'; valid: cuda, cuda:0 (and so on), cpu",
     "--device cpu:x": "unknown device 'cpu:x'",
@@ -157,9 +172,9 @@ def hopper_like(folder, observation_dim=11, action_space=None, **spoilt):
 @pytest.mark.parametrize(
     ("spoilt", "message"),
     [
-        (dict(observation_dim=17), "does not fit: its observations are"),
-        (dict(action_space=gym.spaces.Box(-1, 1, (6,))), "does not fit: its actions are"),
-        (dict(action_space=gym.spaces.Discrete(3)), "does not fit: its actions are Discrete(3)"),
+        (dict(observation_dim=17), "observations do not fit: they are"),
+        (dict(action_space=gym.spaces.Box(-1, 1, (6,))), "actions do not fit: they are"),
+        (dict(action_space=gym.spaces.Discrete(3)), "actions do not fit: they are Discrete(3)"),
         (dict(rewards=np.full(5, np.nan)), "episode 0 has a NaN or infinite reward"),
         (dict(observations=np.full((6, 11), np.inf, np.float32)), "NaN or infinite observation"),
     ],
@@ -167,26 +182,38 @@ def hopper_like(folder, observation_dim=11, action_space=None, **spoilt):
 )
 def test_a_dataset_that_does_not_fit(error_of, tmp_path, spoilt, message):
     folder = hopper_like(tmp_path / "sets", **spoilt)
-    assert message in error_of(train.main, "--dataset", folder)
+    assert message in error_of(train.main, "--env", "hopper", "--dataset", folder)
+
+
+def test_a_part_of_a_dataset(error_of, tmp_path):
+    folder = hopper_like(tmp_path / "sets")
+    arguments = [train.main, "--env", "hopper", "--dataset"]
+    assert f"give the folder above: {folder}" in error_of(*arguments, folder / "data")
+    (folder / "data" / "main_data.hdf5").unlink()
+    assert "lacks everything in data/ but metadata.json" in error_of(*arguments, folder)
 
 
 def test_a_damaged_dataset(error_of, tmp_path):
     folder = hopper_like(tmp_path / "sets")
     file = folder / "data" / "main_data.hdf5"
     file.write_bytes(file.read_bytes()[:1000])
-    assert "no readable Minari dataset" in error_of(train.main, "--dataset", folder)
+    assert "no readable Minari dataset" in error_of(
+        train.main, "--env", "hopper", "--dataset", folder
+    )
     (folder / "data" / "metadata.json").write_text("{")
-    assert "no readable Minari dataset" in error_of(train.main, "--dataset", folder)
+    assert "no readable Minari dataset" in error_of(
+        train.main, "--env", "hopper", "--dataset", folder
+    )
 
 
 # --- checkpoints ---------------------------------------------------------------------------------
 
 
 @pytest.fixture
-def checkpoint():
+def checkpoint(hopper):
     """A checkpoint as train.py writes it, of an untrained model, as a dictionary."""
-    settings, _, notes = train.resolve({"ratio": 0.01, "method": "dt"})
-    model, base = build_model(settings, 11, 3)
+    settings, _, notes = resolve(train.Config(), {"ratio": 0.01, "method": "dt"})
+    model, base = build_model(settings, hopper)
     return {
         "format": evaluate.FORMAT,
         "settings": settings,
@@ -196,7 +223,7 @@ def checkpoint():
         "model": trained_state(model, "all"),
         "obs_mean": torch.zeros(11),
         "obs_std": torch.ones(11),
-        "act_dim": 3,
+        "environment": pack(hopper),
     }
 
 
@@ -221,21 +248,34 @@ def has_another_shape(c):
 
 
 def other_environment(c):
-    c["settings"]["env"] = "walkr"
+    c["environment"]["spec"] = c["environment"]["spec"].replace("Hopper-v5", "Hoper-v5")
+    c["environment"]["spec"] = c["environment"]["spec"].replace("gymnasium.envs", "no_such_package")
+
+
+def code_for_an_environment(c):
+    spec = json.loads(c["environment"]["spec"])
+    spec |= {"entry_point": "os:system", "kwargs": {"command": "touch executed"}}
+    c["environment"]["spec"] = json.dumps(spec)
+
+
+def no_environment(c):
+    c["environment"]["action_space"] = "{}"
 
 
 def other_spaces(c):
-    c["obs_mean"] = c["obs_std"] = torch.ones(17)
+    space = json.loads(c["environment"]["observation_space"])
+    space["shape"], space["low"], space["high"] = [17], [-1.0] * 17, [1.0] * 17
+    c["environment"]["observation_space"] = json.dumps(space)
 
 
 def other_base(c):
     """A frozen base of other weights; of a dt checkpoint all weights are inside."""
-    settings, _, _ = train.resolve({"ratio": 0.01})
+    settings, _, _ = resolve(train.Config(), {"ratio": 0.01})
     c["settings"], c["base"]["sha256"] = settings, "0" * 64
 
 
-def no_act_dim(c):
-    del c["act_dim"]
+def no_step(c):
+    del c["step"]
 
 
 def model_is_a_list(c):
@@ -254,10 +294,15 @@ def other_std(c):
         (lacks_a_tensor, "lacks embed_ln.bias"),
         (has_another_tensor, "does not know: embed_ln.scale"),
         (has_another_shape, "embed_ln.bias is (1,), expected (128,)"),
-        (other_environment, "unknown env 'walkr'"),
+        (
+            other_environment,
+            "Hoper-v5 needs the module no_such_package: install what it is in, or put",
+        ),
+        (code_for_an_environment, "Hopper-v5 is not an environment: it names os:system"),
+        (no_environment, "describes no environment"),
         (other_spaces, "embed_state.weight is (128, 11), expected (128, 17)"),
         (other_base, "was trained on other weights (random weights in the shape of dt): SHA-256 0"),
-        (no_act_dim, "lacks act_dim as it should be: damaged"),
+        (no_step, "lacks step as it should be: damaged"),
         (model_is_a_list, "lacks embed_ln.bias as it should be: damaged"),
         (other_std, "lacks obs_std as it should be: damaged"),
     ],
@@ -266,6 +311,7 @@ def test_evaluate_refuses_a_checkpoint(error_of, checkpoint, spoil, message):
     spoil(checkpoint)
     torch.save(checkpoint, "ckpt.pt")
     assert message in error_of(evaluate.main, "ckpt.pt")
+    assert not Path("executed").exists()
 
 
 def test_evaluate_refuses_what_is_no_checkpoint(error_of, checkpoint):
@@ -282,7 +328,12 @@ def test_evaluate_refuses_what_is_no_checkpoint(error_of, checkpoint):
         ("--episodes 0", "--episodes is 0"),
         ("--seed -1", "--seed is -1"),
         ("--target nan", "--target has nan in it"),
-        ("--tokens 0", "--tokens is 0"),
+        ("--tokens 5", "--tokens is for talking: add --prompt TEXT"),
+        ("--corpus one.txt", "--corpus is for talking"),
+        ("--prompt x --tokens 0", "--tokens is 0"),
+        ("--prompt x --json", "--json is for acting, not --prompt"),
+        ("--prompt x --seed 3", "--seed is for acting, not for --prompt"),
+        ("--prompt x --targets 3", "--target is for acting"),
         ("--device tpu", "unknown device 'tpu'"),
         ("--prompt x --corpus one.txt", "must not be empty"),
         ("--prompt x --corpus absent.txt", "there is no text absent.txt"),
@@ -313,7 +364,12 @@ def test_code_in_a_checkpoint_does_not_run(error_of, checkpoint):
 
 def test_experiments_refuse(error_of, monkeypatch):
     assert "unknown env 'hoper'" in error_of(collect.main, "--env", "hoper", "--steps", "1")
-    assert "nothing to do" in error_of(collect.main, "--env", "hopper")
+    assert "say what to do" in error_of(collect.main, "--env", "hopper")
+    assert "unknown recipe 'ant'" in error_of(collect.main, "--env", "ant", "--train")
+    both = ["--env", "hopper", "--train", "--random"]
+    assert "give one of them" in error_of(collect.main, *both)
+    untrained = error_of(collect.main, "--env", "ant", "--steps", "5")
+    assert untrained.rstrip().endswith("ant-medium.safetensors: add --random")
     assert "--steps is 0" in error_of(collect.main, "--env", "hopper", "--steps", "0")
     bundle = ["--env", "hopper", "--steps", "10", "--bundle"]
     before = os.environ["MINARI_DATASETS_PATH"]
@@ -329,7 +385,7 @@ def test_one_line_and_exit_code_2_from_a_real_process(tmp_path):
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, check=False)
     assert done.returncode == 2
     assert done.stderr.count("\n") == 1
-    assert "serves ratios up to 0.01, not 1; use --ratio 0.01, or record" in done.stderr
+    assert "asks for more than the 0.01 of a full dataset that is here" in done.stderr
 
 
 # --- files are whole or absent -------------------------------------------------------------------
@@ -412,11 +468,18 @@ def test_a_hub_that_answers_anything_is_a_network():
 
 
 def test_assets_are_small_and_plain():
-    about = json.loads((BUNDLED / "lamo/hopper/medium-1pct-v0/about.json").read_text())
-    assert about["command"].startswith("python -m experiments.collect --env hopper")
     assert [p.name for p in BUNDLED.iterdir()] == ["lamo"]  # no test leaves anything here
-    sizes = {p.name: p.stat().st_size for p in (ROOT / "assets").rglob("*") if p.is_file()}
-    assert sizes["main_data.hdf5"] < 1_000_000
-    assert sizes["hopper-medium.safetensors"] < 500_000
-    assert sizes["mini-lm.safetensors"] < 8_000_000
-    assert {Path(name).suffix for name in sizes} <= {".json", ".hdf5", ".safetensors"}
+    for task in TASKS.values():
+        if task.bundled:
+            about = json.loads((BUNDLED / task.bundled / "about.json").read_text())
+            assert about["command"].startswith("python -m experiments.collect --env")
+            assert about["command"].endswith("--bundle")
+    assets = [p for p in (ROOT / "assets").rglob("*") if p.is_file()]
+    limits = {"main_data.hdf5": 2_500_000, "mini-lm.safetensors": 8_000_000}
+    limits |= {
+        "mini-lm-early.safetensors": 3_000_000,
+        "mini-lm-random-corpus.safetensors": 3_000_000,
+    }
+    for path in assets:
+        assert path.stat().st_size < limits.get(path.name, 500_000), path
+    assert {path.suffix for path in assets} <= {".json", ".hdf5", ".safetensors", ".png"}

@@ -2,17 +2,22 @@
 
 import json
 import math
+import re
 
 import numpy as np
 import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from safetensors import safe_open
 
-from data import get_encoding, load_trajectories, read_dataset
+from data import load_trajectories, read_dataset
 from experiments import collect, pretrain
-from experiments.pretrain import bits_per_byte
+from experiments.pretrain import bits_per_byte, shuffle_words, word_starts
 from load_gpt2 import load_gpt2
 from model import GPT, GPTConfig
-from tasks import TASKS, make_env
+from tasks import TASKS
+from text import get_encoding
 
 HOPPER = TASKS["hopper"]
 
@@ -53,11 +58,10 @@ def test_recording_repeats_and_the_shorter_is_the_beginning_of_the_longer(tmp_pa
         command = ["collect", "--env", "hopper", "--steps", str(steps)]
         monkeypatch.setattr("sys.argv", command)
         collect.main()
-        folder = tmp_path / str(steps) / HOPPER.collected
+        folder = tmp_path / str(steps) / HOPPER.recorded
         about = json.loads((folder / "about.json").read_text())
-        env = make_env(HOPPER)
-        spaces = env.observation_space, env.action_space
-        flat.append(load_trajectories(read_dataset(folder), *spaces, HOPPER.scale))
+        dataset = read_dataset(folder)
+        flat.append(load_trajectories(dataset, dataset.action_space, HOPPER.scale))
         assert about["steps"] == len(flat[-1]) >= steps
         assert about["share"] == steps / 1_000_000
         assert about["return_mean"] == pytest.approx(flat[-1].returns.mean())
@@ -73,7 +77,50 @@ def test_the_bundled_set_is_the_beginning_of_the_full_one(tmp_path, monkeypatch)
     monkeypatch.setenv("MINARI_DATASETS_PATH", str(tmp_path))
     monkeypatch.setattr("sys.argv", ["collect", "--env", "hopper", "--steps", "1"])
     collect.main()
-    (first,) = read_dataset(tmp_path / HOPPER.collected).iterate_episodes()
+    (first,) = read_dataset(tmp_path / HOPPER.recorded).iterate_episodes()
     theirs = next(bundled.iterate_episodes())
     np.testing.assert_allclose(first.actions[:50], theirs.actions[:50], rtol=1e-4, atol=1e-5)
     np.testing.assert_allclose(first.rewards[:50], theirs.rewards[:50], rtol=1e-4, atol=1e-5)
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.text("ab \n", min_size=1, max_size=80), st.integers(0, 10_000))
+def test_a_shuffled_block_has_the_same_words_in_another_order(text, seed):
+    encoding = get_encoding(257)
+    tokens = torch.tensor([encoding.encode_ordinary(text)])
+    generator = torch.Generator().manual_seed(seed)
+    shuffled = shuffle_words(tokens, word_starts(encoding), generator)
+    assert sorted(shuffled[0].tolist()) == sorted(tokens[0].tolist())
+
+    def words(text):  # each with the white space character before it
+        return sorted(re.findall(r"\s[^\s]*|^[^\s]+", text))
+
+    def pieces(row):  # cut where a word began in the original, which only the first may hide
+        return words(encoding.decode(row.tolist()))
+
+    first = re.match(r"[^\s]*", text).group()
+    if not first:  # every word begins with white space, so none can grow together
+        assert pieces(shuffled[0]) == pieces(tokens[0])
+    else:
+        assert first in encoding.decode(shuffled[0].tolist())
+
+
+def test_shuffling_a_corpus_keeps_its_unigrams_and_costs_bits(tmp_path, monkeypatch):
+    sentence = "the quick brown fox jumps over the lazy dog and runs; "
+    (tmp_path / "text.txt").write_text(sentence * 200)
+    (tmp_path / "heldout.txt").write_text(sentence * 5)
+    bits = {}
+    for extra in ([], ["--shuffle-words"]):
+        out = tmp_path / f"lm{len(extra)}.safetensors"
+        command = ["pretrain", "--text", tmp_path / "text.txt", "--heldout"]
+        command += [tmp_path / "heldout.txt", "--out", out, "--n-layer", 1, "--n-head", 2]
+        command += ["--n-embd", 32, "--block-size", 64, "--steps", 200, "--batch", 8]
+        command += ["--lr", "1e-2", "--warmup", 5, "--device", "cpu", "--half", *extra]
+        monkeypatch.setattr("sys.argv", [str(x) for x in command])
+        pretrain.main()
+        with safe_open(out, framework="pt") as file:
+            bits[len(extra)] = json.loads(file.metadata()["log"])[-1]["bits_per_byte"]
+            assert ("random" in file.metadata()["word_order"]) == bool(extra)
+        assert next(load_gpt2(str(out)).parameters()).dtype == torch.float32
+        assert out.stat().st_size < 2.2 * sum(p.numel() for p in load_gpt2(str(out)).parameters())
+    assert bits[1] > 1.2 * bits[0]

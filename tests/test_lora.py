@@ -78,7 +78,7 @@ def test_trainable_share_of_gpt2_small():
     with torch.device("meta"):
         gpt = GPT(find_config("gpt2"))
         inject_lora(gpt)
-        lamo = LaMo(gpt, 11, 3)
+        lamo = LaMo(gpt, (11,), 3)
         mark_trainable(lamo, "lora")
     trained = sum(p.numel() for p in gpt.parameters() if p.requires_grad)
     frozen = sum(p.numel() for p in gpt.parameters() if not p.requires_grad)
@@ -99,7 +99,7 @@ def test_what_is_trainable(train, language, expected):
     gpt = GPT(TINY)
     if train == "lora":
         inject_lora(gpt)
-    lamo = LaMo(gpt, 4, 2)
+    lamo = LaMo(gpt, (4,), 2)
     mark_trainable(lamo, train, language)
     outside = {n for n, p in lamo.named_parameters() if not n.startswith("gpt.")}
     trained = {n for n, p in lamo.named_parameters() if p.requires_grad}
@@ -122,7 +122,7 @@ def test_training_changes_no_frozen_tensor():
     torch.manual_seed(0)
     gpt = GPT(TINY)
     inject_lora(gpt, rank=4)
-    lamo = LaMo(gpt, 4, 2)
+    lamo = LaMo(gpt, (4,), 2)
     mark_trainable(lamo, "lora")
     before = copy.deepcopy(lamo.state_dict())
     trainable = [p for p in lamo.parameters() if p.requires_grad]
@@ -144,12 +144,12 @@ def test_training_changes_no_frozen_tensor():
         assert torch.equal(tensor, before[name]) == (name not in trained), name
 
 
-def test_a_seed_fixes_the_new_weights_whatever_the_base_is():
+def test_a_seed_fixes_the_new_weights_whatever_the_base_is(boxes):
     settings = dict(seed=3, lm="dt", pretrained=False, train="lora", embed="mlp", max_ep_len=10)
     settings |= dict(dropout=0.1, lora_rank=4, lora_alpha=8, lora_dropout=0.1, lm_coef=0.0)
-    once, base = build_model(settings, 4, 2)
-    twice, _ = build_model(settings, 4, 2)
-    other, other_base = build_model(settings | {"seed": 4}, 4, 2)
+    once, base = build_model(settings, boxes(4, 2))
+    twice, _ = build_model(settings, boxes(4, 2))
+    other, other_base = build_model(settings | {"seed": 4}, boxes(4, 2))
     for (name, a), b in zip(once.state_dict().items(), twice.state_dict().values(), strict=True):
         assert torch.equal(a, b), name
     assert base["sha256"] != other_base["sha256"]

@@ -43,7 +43,7 @@ def test_logits_loss_and_gradients_equal_transformers(tmp_path, sizes, kind):
 
     tokens = torch.randint(theirs.config.vocab_size, (2, 33))
     expected = theirs(tokens[:, :-1]).logits
-    logits, loss = ours(tokens[:, :-1], tokens[:, 1:])
+    logits, loss = ours(tokens[:, :-1])[0], ours(tokens[:, :-1], tokens[:, 1:])[1]
     assert (logits - expected).abs().max() < 1e-4
 
     expected_loss = F.cross_entropy(expected.flatten(0, 1), tokens[:, 1:].flatten())
@@ -310,7 +310,7 @@ def test_right_padding_equals_left_padding_with_a_mask(tmp_path, embed):
     sizes = dict(n_layer=2, n_head=2, n_embd=32, vocab_size=11, n_positions=64)
     theirs = GPT2Model(GPT2Config(**sizes)).eval()
     theirs.save_pretrained(tmp_path)
-    lamo = LaMo(load_gpt2(str(tmp_path)), obs_dim, act_dim, embed, max_ep_len=10).eval()
+    lamo = LaMo(load_gpt2(str(tmp_path)), (obs_dim,), act_dim, embed=embed, max_ep_len=10).eval()
     theirs.wpe.weight.data.zero_()  # trajectory tokens carry no position embedding
     rtg, obs, act = torch.randn(T, 1), torch.randn(T, obs_dim), torch.randn(T, act_dim)
     timestep = torch.arange(T)  # beyond max_ep_len: clipped
@@ -335,7 +335,7 @@ def test_right_padding_equals_left_padding_with_a_mask(tmp_path, embed):
 @given(st.integers(0, 6), st.integers(0, 2), st.integers(0, 10_000))
 def test_an_action_depends_on_the_past_only(step, what, seed):
     torch.manual_seed(seed)
-    lamo = LaMo(GPT(GPTConfig(1, 2, 16, 11, 8)), 3, 2, max_ep_len=20).eval()
+    lamo = LaMo(GPT(GPTConfig(1, 2, 16, 11, 8)), (3,), 2, max_ep_len=20).eval()
     inputs = [torch.randn(1, 7, n) for n in (1, 3, 2)]
     timestep = torch.arange(7)[None]
     before = lamo(*inputs, timestep)

@@ -1,18 +1,23 @@
 """train.py and evaluate.py as a user runs them, and the losses of one process against two."""
 
+import itertools
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
+import gymnasium as gym
 import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 
+from data import BUNDLED, find_dataset, read_dataset
 from evaluate import (
     build_model,
     load_model,
@@ -20,10 +25,12 @@ from evaluate import (
     rollout,
     trained_state,
 )
-from model import GPT, GPTConfig, LaMo
+from model import GPT, GPTConfig, LaMo, Objective
+from plumbing import UserError
 from run_folder import final_result
-from tasks import TASKS, make_env, normalised_score
-from train import METHODS, Objective, resolve, valid_steps
+from settings import METHODS, resolve
+from tasks import TASKS, normalised_score
+from train import Config, ahead, valid_steps
 
 ROOT = Path(__file__).resolve().parent.parent
 HOPPER = TASKS["hopper"]
@@ -136,7 +143,7 @@ def test_same_seed_same_bits(tmp_path):
 
 def tiny_lamo():
     torch.manual_seed(1)
-    return LaMo(GPT(GPTConfig(2, 2, 32, 50, 32, dropout=0.0)), 4, 2, max_ep_len=10)
+    return LaMo(GPT(GPTConfig(2, 2, 32, 50, 32, dropout=0.0)), (4,), 2, max_ep_len=10)
 
 
 def joined_batch():
@@ -156,7 +163,7 @@ def gradients_of_one_of_two(rank, folder):
     window, text = joined_batch()
     window = [x[4 * rank : 4 * rank + 4] for x in window]
     text = [x[2 * rank : 2 * rank + 2] for x in text]
-    action_loss, lm_loss = objective(window, valid_steps(window[-1], 2), text)
+    action_loss, lm_loss, _ = objective(window, valid_steps(window[-1], 2), text)
     (action_loss + 0.1 * lm_loss).backward()
     torch.save({n: p.grad for n, p in model.named_parameters()}, f"{folder}/{rank}.pt")
     dist.destroy_process_group()
@@ -165,7 +172,7 @@ def gradients_of_one_of_two(rank, folder):
 def test_two_processes_have_the_gradients_of_the_joined_batch(tmp_path):
     model = tiny_lamo()
     window, text = joined_batch()
-    action_loss, lm_loss = Objective(model)(window, valid_steps(window[-1], 1), text)
+    action_loss, lm_loss, _ = Objective(model)(window, valid_steps(window[-1], 1), text)
     (action_loss + 0.1 * lm_loss).backward()
     mp.spawn(gradients_of_one_of_two, (str(tmp_path),), nprocs=2)
     for rank in range(2):
@@ -190,7 +197,7 @@ def test_torchrun_trains_one_model_in_two_processes(tmp_path):
 def test_action_loss_is_the_mean_over_valid_entries():
     window, _ = joined_batch()
     model = tiny_lamo()
-    action_loss, lm_loss = Objective(model)(window, valid_steps(window[-1], 1), None)
+    action_loss, lm_loss, _ = Objective(model)(window, valid_steps(window[-1], 1), None)
     predicted = model(*window[:4]).detach()
     errors = [
         float((predicted[b, k, a] - window[2][b, k, a]) ** 2)
@@ -220,20 +227,27 @@ class Steady:
     def modules(self):
         return []
 
-    def __call__(self, rtg, obs, act, timestep):
-        self.shown.append((rtg.clone(), obs.clone(), act.clone(), timestep.clone()))
-        return torch.tanh(obs[..., :3] * 3) + 0.5  # beyond the bounds at times
+    def observe(self, rtg, obs, timestep):  # tokens are what they stand for: values, then the time
+        values = [F.pad(x[:, 0], (0, 11 - x.shape[-1])) for x in (rtg, obs)]
+        return torch.stack([torch.cat([v, timestep], dim=1) for v in values], 1)[:, None]
+
+    def remember(self, act, timestep):
+        return torch.cat([F.pad(act[:, 0], (0, 8)), timestep], dim=1)[:, None, None]
+
+    def act(self, tokens):
+        self.shown.append(tokens.clone())
+        return torch.tanh(tokens[:, -1, :3] * 3) + 0.5  # beyond the bounds at times
 
 
 @pytest.mark.parametrize("mode", ["normal", "delayed"])
-def test_rollout_equals_one_episode_at_a_time(mode):
-    settings = {"context": 4, "scale": 1000.0, "mode": mode, "dtype": "fp32"}
+def test_rollout_equals_one_episode_at_a_time(hopper, mode):
+    settings = {"context": 4, "scale": 1000.0, "mode": mode, "dtype": "fp32", "episode_limit": 0}
     mean, std = torch.linspace(-0.1, 0.1, 11), torch.linspace(0.5, 2, 11)
     model = Steady()
-    results = rollout(model, HOPPER, settings, mean, std, [2000.0, 500.0], 3, seed=7)
+    results = rollout(model, hopper, settings, (mean, std), [2000.0, 500.0], 3, seed=7)
     assert [r["target"] for r in results] == [2000.0, 500.0]
 
-    env = make_env(HOPPER)
+    env = gym.make("Hopper-v5")
     for result in results:
         for episode in range(3):
             observation, _ = env.reset(seed=7 + episode)
@@ -243,15 +257,16 @@ def test_rollout_equals_one_episode_at_a_time(mode):
                 obs = (torch.tensor(observation, dtype=torch.float32) - mean) / std
                 action = (torch.tanh(obs[:3] * 3) + 0.5).clamp(-1, 1).numpy()
                 if episode == 0 and result is results[0]:  # row 0 is there as long as it lives
-                    shown_rtg, shown_obs, shown_act, shown_t = (x[0] for x in model.shown[length])
+                    shown = model.shown[length][0]  # (3n - 1, 12), R and s of now at the end
                     n = min(length + 1, 4)
-                    assert len(shown_rtg) == n
-                    assert shown_rtg[-1].item() == pytest.approx(rtg, rel=1e-4)
-                    assert torch.allclose(shown_obs[-1], obs)
-                    assert shown_t.tolist() == list(range(length + 1 - n, length + 1))
-                    assert not shown_act[-1].any()  # the action to come is not known yet
+                    assert len(shown) == 3 * n - 1
+                    assert shown[-2, 0].item() == pytest.approx(rtg, rel=1e-4)
+                    assert torch.allclose(shown[-1, :11], obs)
+                    assert shown[::3, 11].tolist() == list(range(length + 1 - n, length + 1))
+                    assert shown[1::3, 11].tolist() == list(range(length + 1 - n, length + 1))
                     if length:
-                        np.testing.assert_allclose(shown_act[-2], before, rtol=1e-5)
+                        np.testing.assert_allclose(shown[-3, :3], before, rtol=1e-5)
+                        assert shown[-3, 11] == length - 1
                 before = action
                 observation, reward, terminated, truncated, _ = env.step(action)
                 total, length, done = total + reward, length + 1, terminated or truncated
@@ -259,13 +274,13 @@ def test_rollout_equals_one_episode_at_a_time(mode):
             assert result["returns"][episode] == pytest.approx(total, rel=1e-6)
             assert result["lengths"][episode] == length
         assert result["return_mean"] == pytest.approx(np.mean(result["returns"]))
-        assert result["score"] == pytest.approx(normalised_score(HOPPER, result["return_mean"]))
+        assert result["score"] == pytest.approx(normalised_score(hopper, result["return_mean"]))
 
 
-def test_normalised_score_is_0_for_random_and_100_for_expert():
-    assert normalised_score(HOPPER, -20.3) == 0
-    assert normalised_score(HOPPER, 3234.3) == 100
-    assert normalised_score(HOPPER, 1607.0) == pytest.approx(50)
+def test_normalised_score_is_0_for_random_and_100_for_expert(hopper):
+    assert normalised_score(hopper, -20.3) == 0
+    assert normalised_score(hopper, 3234.3) == 100
+    assert normalised_score(hopper, 1607.0) == pytest.approx(50)
 
 
 @given(
@@ -277,7 +292,7 @@ def test_the_final_score_follows_the_protocol(scores, every):
         {
             "step": (i + 1) * every,
             "results": [
-                {"target": t, "score": s, "return_mean": 10 * s}
+                {"target": t, "score": s, "return_mean": 10 * s, "cut": 0}
                 for t, s in zip((2, 1), pair, strict=True)
             ],
         }
@@ -294,7 +309,7 @@ def test_the_final_score_follows_the_protocol(scores, every):
 
 
 def test_typed_flags_win_over_the_method_it_over_preset_and_task():
-    settings, task, notes = resolve({})
+    settings, task, notes = resolve(Config(), {})
     assert task is HOPPER
     assert (settings["lm"], settings["method"], settings["embed"]) == ("mini", "lamo", "linear")
     assert settings["context"] == 20
@@ -303,25 +318,63 @@ def test_typed_flags_win_over_the_method_it_over_preset_and_task():
     if not torch.cuda.is_available():
         assert settings["device"] == "cpu"
         assert "without CUDA" in notes["lm"]
-    settings, _, _ = resolve({"method": "dt"})
+    settings, _, _ = resolve(Config(), {"method": "dt"})
     assert (settings["lm"], settings["pretrained"], settings["train"]) == ("dt", False, "all")
-    settings, _, _ = resolve({"method": "dt", "embed": "mlp", "steps": 7, "targets": [5.0]})
+    settings, _, _ = resolve(
+        Config(), {"method": "dt", "embed": "mlp", "steps": 7, "targets": [5.0]}
+    )
     assert (settings["embed"], settings["steps"], settings["targets"]) == ("mlp", 7, [5.0])
 
 
+def test_the_quality_of_a_dataset_is_part_of_its_name(tmp_path, monkeypatch):
+    """An expert set in the folder is found; the bundled medium one does not stand in for it."""
+    monkeypatch.setenv("MINARI_DATASETS_PATH", str(tmp_path))
+    bundled = read_dataset(BUNDLED / HOPPER.bundled).spec.data_path
+    shutil.copytree(Path(bundled).parent / "data", tmp_path / "mujoco/hopper/expert-v0/data")
+    found, share, note = find_dataset("hopper", HOPPER, 1.0, quality="expert")
+    assert (share, note) == (1.0, f"mujoco/hopper/expert-v0 in {tmp_path}")
+    assert found.total_episodes == 26
+    with pytest.raises(UserError, match="mujoco/hopper/simple-v0 is not in"):
+        find_dataset("hopper", HOPPER, 0.01, quality="simple")
+
+
+def test_the_learning_rate_rises_stays_and_falls(short_run):
+    """120 steps, 10 of warm-up, the short preset's cooldown over the second half."""
+    rates = {row["step"]: row["lr"] for row in rows_of(short_run[0]) if "lr" in row}
+    assert rates[20] == rates[60] == 1e-3
+    assert rates[80] == pytest.approx(1e-3 * (120 - 79) / 60)
+    assert rates[120] == pytest.approx(1e-3 / 60)
+
+
+def test_windows_made_ahead_come_in_the_same_order():
+    made = []
+
+    def make():
+        made.append(len(made))
+        if len(made) == 20:
+            raise RuntimeError("twenty")
+        return made[-1]
+
+    seen = list(itertools.islice(ahead(make), 10))
+    assert seen == list(range(10))
+    assert len(made) == 11  # one ahead, never more
+    with pytest.raises(RuntimeError, match="twenty"):
+        list(itertools.islice(ahead(make), 20))
+
+
 def test_auto_may_be_typed_and_a_random_base_needs_no_weights():
-    assert resolve({"method": "lamo-random", "lm": "gpt2"})[0]["lm"] == "gpt2"
-    settings, _, _ = resolve({})
+    assert resolve(Config(), {"method": "lamo-random", "lm": "gpt2"})[0]["lm"] == "gpt2"
+    settings, _, _ = resolve(Config(), {})
     assert "auto" not in [v for k, v in settings.items() if k not in ("dataset", "corpus")]
 
 
 @pytest.mark.parametrize("method", ["dt", "lamo-full"])
-def test_a_checkpoint_of_all_weights_needs_no_base(tmp_path, method):
+def test_a_checkpoint_of_all_weights_needs_no_base(hopper, method):
     """Another seed stands for another machine, whose random numbers may differ in the last bit."""
-    settings, _, notes = resolve({"method": method})
-    model, base = build_model(settings, 11, 3)
+    settings, _, notes = resolve(Config(), {"method": method})
+    model, base = build_model(settings, hopper)
     checkpoint = {"settings": settings | {"seed": 1, "lm": "mini" if method != "dt" else "dt"}}
-    checkpoint |= {"chosen": notes, "base": base, "act_dim": 3, "obs_mean": torch.zeros(11)}
+    checkpoint |= {"chosen": notes, "base": base, "environment": hopper}
     checkpoint["model"] = trained_state(model, "all")
     again = load_model("ckpt.pt", checkpoint)
     for (name, a), b in zip(model.state_dict().items(), again.state_dict().values(), strict=True):
@@ -329,9 +382,9 @@ def test_a_checkpoint_of_all_weights_needs_no_base(tmp_path, method):
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_every_method_builds_and_steps(method):
-    settings, _, _ = resolve({"method": method})
-    model, base = build_model(settings, 11, 3)
+def test_every_method_builds_and_steps(hopper, method):
+    settings, _, _ = resolve(Config(), {"method": method})
+    model, base = build_model(settings, hopper)
     assert ("random" in base["lm"]) == (method in ("lamo-random", "dt"))
     assert model.gpt.config.n_embd == (128 if method == "dt" else 192)
     window = [torch.randn(2, 3, n) for n in (1, 11, 3)]
