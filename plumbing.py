@@ -8,6 +8,7 @@ import argparse
 import ctypes
 import difflib
 import functools
+import importlib
 import inspect
 import json
 import math
@@ -17,9 +18,11 @@ import sys
 import tempfile
 import threading
 from dataclasses import fields
+from datetime import timedelta
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 
 PROBE_SECONDS = 1.5  # how long a missing network may hold up a first run, name lookup included
 
@@ -128,6 +131,34 @@ def choose_dtype(device):
         features = torch.cpu.get_capabilities()
         native = any(features.get(x) for x in ("avx512_bf16", "amx_bf16", "sve_bf16", "bf16"))
     return "bf16" if native else "fp32"
+
+
+def join_processes(device):
+    """(rank, number of processes, device) of this process under torchrun; (0, 1, device) without.
+
+    On CUDA each process has its own device, whatever was asked for. End with leave_processes.
+    """
+    world = int(os.environ.get("WORLD_SIZE", 1))
+    if world == 1:
+        return 0, 1, device
+    # Not for its use: imported later, by DDP, it would hold the group as its functions' default.
+    importlib.import_module("torch.distributed.nn")
+    cuda = device.type == "cuda"
+    if cuda:
+        device = torch.device(f"cuda:{os.environ['LOCAL_RANK']}")
+        torch.cuda.set_device(device)
+    # The others wait for the first one's downloads and evaluations: give it time.
+    dist.init_process_group("nccl" if cuda else "gloo", timeout=timedelta(hours=6))
+    return dist.get_rank(), world, device
+
+
+def leave_processes():
+    """Take leave of the other processes, once every DistributedDataParallel has been deleted.
+
+    Such a module holds the group, and with it threads, which abort the process if they outlive it.
+    """
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 def check_numbers(settings, may_be_zero):

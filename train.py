@@ -10,11 +10,9 @@ main(), at the end. Figures without another source are from the paper, arXiv 231
 
 import io
 import math
-import os
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from datetime import timedelta
 
 import torch
 import torch.distributed as dist
@@ -25,7 +23,14 @@ from data import find_dataset, load_trajectories
 from evaluate import FORMAT, build_model, rollout, trained_state
 from lora import round_frozen
 from model import Objective
-from plumbing import UserError, parse_flags, run_command, write_atomically
+from plumbing import (
+    UserError,
+    join_processes,
+    leave_processes,
+    parse_flags,
+    run_command,
+    write_atomically,
+)
 from run_folder import append_to_log, begin_run, end_run
 from settings import complete, presets, resolve
 from tasks import find_environment, pack
@@ -162,15 +167,8 @@ def ahead(make):
 
 def main():
     settings, task, notes = resolve(Config(), parse_flags(Config, "train.py", __doc__ + presets()))
-    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    if world > 1:  # torchrun started us
-        cuda = settings["device"].startswith("cuda")
-        if cuda:  # each process its own, whatever --device says
-            settings["device"] = f"cuda:{os.environ['LOCAL_RANK']}"
-            torch.cuda.set_device(settings["device"])
-        # The others wait for the first one's downloads and evaluations: give it time.
-        dist.init_process_group("nccl" if cuda else "gloo", timeout=timedelta(hours=6))
-    device = torch.device(settings["device"])
+    rank, world, device = join_processes(torch.device(settings["device"]))
+    settings["device"] = str(device)
 
     if rank > 0:
         dist.barrier()  # the first process goes ahead: nothing is fetched or tokenised twice
@@ -308,8 +306,8 @@ def main():
     if rank == 0:
         seconds = time.time() - started
         end_run(folder, settings, environment, notes, data, evaluations, seconds, evaluating)
-    if world > 1:
-        dist.destroy_process_group()
+    del objective
+    leave_processes()
 
 
 if __name__ == "__main__":
