@@ -196,8 +196,8 @@ def read_episodes(dataset, indices, rewards=None):
     """Episodes of a Minari dataset, by index, one after another.
 
     rewards: a function of an episode's observations, as recorded, that replaces its rewards.
-    Yields observations (T + 1, O) or (T + 1, 84, 84), actions and rewards (T,). Raises UserError
-    for a damaged file.
+    Yields observations (T + 1, O) or (T + 1, 84, 84), actions, rewards (T,), and whether the last
+    step ended the episode (True) or it was cut there. Raises UserError for a damaged file.
     """
     space = dataset.observation_space
     with readable(dataset):
@@ -207,12 +207,14 @@ def read_episodes(dataset, indices, rewards=None):
                 for i in indices.tolist():
                     episode = file[f"episode_{i}"]
                     frames = read_frames(episode["observations"])
-                    yield frames, episode["actions"][()], episode["rewards"][()]
+                    ended = bool(episode["terminations"][-1:].any())
+                    yield frames, episode["actions"][()], episode["rewards"][()], ended
         else:
             read = read_frames if is_picture(space) else partial(flatten, space)
             for episode in dataset.iterate_episodes(indices):
                 earned = rewards(episode.observations) if rewards else episode.rewards
-                yield read(episode.observations), episode.actions, earned
+                ended = bool(episode.terminations[-1:].any())
+                yield read(episode.observations), episode.actions, earned, ended
 
 
 def returns_to_go(rewards, delayed=False):
@@ -274,10 +276,11 @@ def load_trajectories(
     N, frames = sum(lengths), is_picture(space)
     # all memory at once: a million frames are 7 GB, and there must be no second copy of them
     obs = np.empty((N, *observation_shape(space)), np.uint8 if frames else np.float32)
-    act, rtg, timestep, end, returns = [], [], [], [], []
+    last_obs = np.empty((keep, *obs.shape[1:]), obs.dtype)
+    act, rtg, reward, timestep, end, terminated, returns = [], [], [], [], [], [], []
     n = 0
     episodes = zip(chosen, lengths, read_episodes(dataset, chosen, rewards), strict=True)
-    for i, T, (o, a, r) in tqdm(episodes, "reading", keep, delay=2, leave=False):
+    for i, T, (o, a, r, ended) in tqdm(episodes, "reading", keep, delay=2, leave=False):
         r = np.asarray(r, np.float64)
         if len(r) == 0:
             raise UserError(f"{what}: episode {i} is empty")
@@ -289,12 +292,15 @@ def load_trajectories(
         for kind, values in (("observation", o), ("action", a), ("reward", r)):
             if not np.isfinite(values).all():
                 raise UserError(f"{what}: episode {i} has a NaN or infinite {kind}")
-        obs[n : n + T] = o[:T]  # the last observation has no action
+        obs[n : n + T] = o[:T]
+        last_obs[len(returns)] = o[T]  # has no action
         try:
             act.append(encode_actions(action_space, a))
         except UserError as error:
             raise UserError(f"{what}: episode {i}'s actions: {error}") from error
         rtg.append(returns_to_go(r, mode == "delayed"))
+        reward.append(r if mode == "normal" else np.append(np.zeros(T - 1), r.sum()))
+        terminated.append(np.append(np.zeros(T - 1, bool), ended))
         n += T
         timestep.append(np.arange(T))
         end.append(np.full(T, n))
@@ -306,6 +312,7 @@ def load_trajectories(
         mean, std = obs.mean(0, np.float64), obs.std(0, np.float64) + 1e-6
         for i in range(0, N, ROWS_AT_A_TIME):
             obs[i : i + ROWS_AT_A_TIME] = (obs[i : i + ROWS_AT_A_TIME] - mean) / std
+        last_obs = (last_obs - mean) / std
     scale = scale or choose_scale(returns)
     home = choose_home(obs, device)
 
@@ -323,4 +330,7 @@ def load_trajectories(
         scale=scale,
         returns=returns,
         lengths=np.array(lengths),
+        reward=tensor(np.concatenate(reward), torch.float32),
+        terminated=tensor(np.concatenate(terminated)),
+        last_obs=tensor(last_obs, None if frames else torch.float32),
     )

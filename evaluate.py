@@ -22,6 +22,7 @@ from load_gpt2 import TEXT_TOKENS, find_config, fingerprint, load_gpt2, talk
 from lora import inject_lora, mark_trainable, merged, round_frozen
 from model import GPT, LaMo
 from plumbing import Parser, UserError, check_numbers, choose_device, first_line, run_command
+from run_folder import written
 from spaces import (
     action_size,
     decode_actions,
@@ -37,6 +38,10 @@ from text import find_text, get_encoding, tokenise
 from windows import STACK
 
 FORMAT = "lamo-checkpoint-2"  # what ckpt["format"] says; a change of layout changes it
+READERS = {  # of each format, the command that lets its checkpoints act
+    FORMAT: "python evaluate.py",
+    "lamo-baseline-1": "python -m experiments.baselines --evaluate",
+}
 SEED = 1_000_000  # the first episode's environment seed, far from those data is recorded with
 
 
@@ -47,10 +52,11 @@ SEED = 1_000_000  # the first episode's environment seed, far from those data is
 def rollout(model, environment, settings, stats, targets, episodes, seed=SEED, progress=False):
     """Let a model act in `episodes` episodes for each target return, all in one batch.
 
-    model: LaMo; environment: a tasks.Environment; settings: what training ran with (context, mode,
-    scale, dtype, episode_limit); stats: the dataset's obs_mean and obs_std, each (O,), or (0,) for
-    frames; targets: undivided returns; episode i starts from environment seed `seed + i` under
-    every target. Numbers are acted on as predicted, and a choice is drawn from the predicted
+    model: LaMo, or what has its observe, remember and act; environment: a tasks.Environment;
+    settings: what training ran with (context, mode, scale, dtype, episode_limit); stats: the
+    dataset's obs_mean and obs_std, each (O,), or (0,) for frames; targets: undivided returns, None
+    for a model that is told none; episode i starts from environment seed `seed + i` under every
+    target. Numbers are acted on as predicted, and a choice is drawn from the predicted
     probabilities, as in Decision Transformer's code for Atari.
     Returns a list with a dictionary for each target: target, returns and lengths (one per episode),
     their summary (see `summarise`), and cut, how many episodes episode_limit stopped before their
@@ -73,7 +79,8 @@ def rollout(model, environment, settings, stats, targets, episodes, seed=SEED, p
     if frames:
         black = torch.zeros(n, *observation_shape(space), dtype=torch.uint8, device=device)
         pictures.extend([black] * STACK)
-    to_go = torch.tensor(np.repeat(targets, episodes) / scale, dtype=torch.float32, device=device)
+    asked = [0.0 if target is None else target for target in targets]
+    to_go = torch.tensor(np.repeat(asked, episodes) / scale, dtype=torch.float32, device=device)
     # where every environment's action is put; ended ones go on with their last
     empty = np.zeros(n, np.int64) if choice else np.zeros((n, action_size(action_space)))
     actions = decode_actions(action_space, empty)
@@ -144,12 +151,12 @@ def print_table(results):
     print(f"{'target':>8} {'return':>18} {'score':>7} {'length':>7}  episodes")
     for r in results:
         spread = f"{r['return_mean']:.1f} ± {r['return_std']:.1f}"
-        line = f"{r['target']:8g} {spread:>18} {r['score']:7.1f} {r['length_mean']:7.0f}"
+        line = f"{written(r['target']):>8} {spread:>18} {r['score']:7.1f} {r['length_mean']:7.0f}"
         print(f"{line}  {len(r['returns'])}")
     if cut := sum(r["cut"] for r in results):
         print(f"{cut} episodes were cut before their end (--episode-limit): returns are not whole")
     best = max(results, key=lambda r: r["return_mean"])
-    print(f"best: target {best['target']:g}, score {best['score']:.1f}")
+    print(f"best: target {written(best['target'])}, score {best['score']:.1f}")
 
 
 # --- from a checkpoint to a model ----------------------------------------------------------------
@@ -196,8 +203,11 @@ def trained_state(model, train):
     return {n: p.detach().cpu().clone() for n, p in model.named_parameters() if n in names}
 
 
-def read_checkpoint(path):
-    """A checkpoint's dictionary, checked. Raises UserError for what train.py did not write."""
+def read_checkpoint(path, expected=FORMAT):
+    """A checkpoint's dictionary, checked. Raises UserError for what is not of the expected format.
+
+    expected: FORMAT, train.py's, or that of experiments/baselines.py.
+    """
     if Path(path).is_dir():
         raise UserError(f"{path} is a folder; give the ckpt.pt or best.pt in it")
     try:
@@ -206,8 +216,11 @@ def read_checkpoint(path):
         raise UserError(f"there is no checkpoint {path}; train.py prints where it is") from error
     except Exception as error:  # truncated zip, pickled code, a folder: torch.load has many kinds
         raise UserError(f"{path} is no readable checkpoint: damaged, or not train.py's") from error
-    if not isinstance(checkpoint, dict) or checkpoint.get("format") != FORMAT:
-        raise UserError(f"{path} is not a checkpoint of this project's ({FORMAT})")
+    found = checkpoint.get("format") if isinstance(checkpoint, dict) else None
+    if found != expected:
+        reader = READERS.get(found)
+        hint = f", but {found}'s: {reader} {path}" if reader else ""
+        raise UserError(f"{path} is not a checkpoint of this project's ({expected}){hint}")
     kinds = {"settings": dict, "chosen": dict, "base": dict, "model": dict, "step": int}
     kinds |= {"environment": dict, "obs_mean": torch.Tensor, "obs_std": torch.Tensor}
     wrong = [k for k, kind in kinds.items() if not isinstance(checkpoint.get(k), kind)]

@@ -8,6 +8,7 @@ result.json    the run's score
 
 import json
 import sys
+import textwrap
 import time
 from pathlib import Path
 
@@ -38,29 +39,19 @@ def begin_run(settings, environment, notes, data, model, base, world):
     n_all = sum(p.numel() for p in model.parameters())
     mean, std = data.returns.mean(), data.returns.std()
     score = normalised_score(environment, mean)
-    print(f"task     {settings['env']}, method {settings['method']}, embed {settings['embed']}")
-    print(f"environ  {notes['environment']}")
-    print(f"dataset  {notes['dataset']}")
-    print(f"         {len(data.lengths)} episodes, {len(data)} steps, ", end="")
+    print(f"{'task':13} {settings['env']}, method {settings['method']}")
+    for name, line in notes.items():
+        print(f"{name:13} {line}")
+    print(f"{'data':13} {len(data.lengths)} episodes, {len(data)} steps, ", end="")
     print(f"return {mean:.1f} ± {std:.1f} (score {score:.1f})")
-    print(f"targets  {notes['targets']}")
-    print(f"scale    {notes['scale']}")
-    print(f"max len  {notes['max_ep_len']}")
-    if "episode_limit" in notes:
-        print(f"limit    {notes['episode_limit']}")
-    print(f"lm       {notes['lm']}" + ("" if settings["pretrained"] else ", random weights"))
-    print(f"text     {notes['text']}")
-    if "similarity" in notes:
-        print(f"similar  {notes['similarity']}")
-    print(f"preset   {notes['preset']}: {settings['steps']} steps, ", end="")
-    print(f"lr {settings['lr']:g} after {settings['warmup']} of warm-up")
+    lists = {name: " ".join(map(str, v)) for name, v in settings.items() if isinstance(v, list)}
+    every = ", ".join(f"{name} {value}" for name, value in (settings | lists).items())
+    print(textwrap.fill(every, 100, initial_indent=f"{'settings':14}", subsequent_indent=" " * 14))
     processes = "" if world == 1 else f", {world} processes"
     machine = f"{settings['device']}, {settings['dtype']}, torch {torch.__version__}"
-    print(f"machine  {machine}{processes}")
-    print(f"trained  {n_trained:,} of {n_all:,} parameters ({n_trained / n_all:.1%})")
-    if "compile" in notes:
-        print(f"compile  {notes['compile']}")
-    print(f"run      {folder}", flush=True)
+    print(f"{'machine':13} {machine}{processes}")
+    print(f"{'trained':13} {n_trained:,} of {n_all:,} parameters ({n_trained / n_all:.1%})")
+    print(f"{'run':13} {folder}", flush=True)
     config = {
         "settings": settings,
         "chosen": notes,
@@ -116,10 +107,28 @@ def final_result(evaluations, steps):
     }
 
 
-def end_run(folder, settings, environment, notes, data, evaluations, seconds, evaluating):
-    """Compute the run's score, write it to result.json and print it."""
+def written(target):
+    """A target return as it is printed: a number, or none where a policy is told none."""
+    return "none" if target is None else f"{target:g}"
+
+
+def end_run(
+    folder,
+    settings,
+    environment,
+    notes,
+    data,
+    evaluations,
+    seconds,
+    evaluating,
+    command="python evaluate.py",
+):
+    """Compute the run's score, write it to result.json and print it.
+
+    command: what lets the checkpoint act.
+    """
     result = final_result(evaluations, settings["steps"])
-    result |= {"dataset": notes["dataset"], "lm": notes["lm"]}
+    result |= {"dataset": notes["dataset"], "lm": notes.get("lm")}
     result |= {"dataset_return_mean": float(data.returns.mean())}
     result |= {"seconds": seconds, "seconds_evaluating": evaluating}
     write_json(folder / "result.json", result)
@@ -127,10 +136,10 @@ def end_run(folder, settings, environment, notes, data, evaluations, seconds, ev
     means = f"means of {n} evaluations, in the last 20 % of steps"
     print(f"\n{'target':>8} {'return':>8} {'score':>7}   {means}")
     for r in result["targets"]:
-        print(f"{r['target']:8g} {r['return_mean']:8.1f} {r['score']:7.1f}")
+        print(f"{written(r['target']):>8} {r['return_mean']:8.1f} {r['score']:7.1f}")
     mean = data.returns.mean()
     print(f"{'dataset':>8} {mean:8.1f} {normalised_score(environment, mean):7.1f}   its episodes")
-    print(f"score {result['score']:.1f}, of target {result['target']:g}; ", end="")
+    print(f"score {result['score']:.1f}, of target {written(result['target'])}; ", end="")
     print(f"best single evaluation {result['best_single_evaluation']:.1f}")
     if result["episodes_cut"]:
         print(
@@ -139,4 +148,4 @@ def end_run(folder, settings, environment, notes, data, evaluations, seconds, ev
         )
         print("steps, before their end: their returns are not whole (--episode-limit 0)")
     print(f"{seconds:.0f} s, of which {evaluating:.0f} s evaluating")
-    print(f"next: python evaluate.py {folder / 'ckpt.pt'}   (or best.pt)")
+    print(f"next: {command} {folder / 'ckpt.pt'}   (or best.pt)")

@@ -104,7 +104,8 @@ def resolve(config, typed):
     if known["pretrained"] and lm != "dt":
         find_weights(lm)  # what cannot be had is said before anything else is done
     short = device.type == "cpu" or lm == "mini"
-    notes = {"lm": f"{lm} ({why})"}
+    weights = "" if known["pretrained"] else ", random weights"
+    notes = {"lm": f"{lm} ({why}){weights}"}
     notes["preset"] = "short (no CUDA, or the mini LM)" if short else "paper"
 
     known = {"similarity": 0.0} | vars(task) | (SHORT if short else PAPER) | method | typed
@@ -142,6 +143,12 @@ def complete(settings, notes, data, environment):
     notes["targets"] = f"{targets} ({source['targets']})"
     notes["scale"] = f"{settings['scale']:g} ({source['scale']})"
     notes["max_ep_len"] = f"{settings['max_ep_len']} ({source['max_ep_len']})"
+    limit_episodes(settings, notes, data, environment)
+
+
+def limit_episodes(settings, notes, data, environment):
+    """Fill in, in place, where to cut episodes that neither the user nor the environment ends."""
+    longest, limit = int(data.lengths.max()), environment.spec.max_episode_steps
     if not (limit or settings["episode_limit"] or environment.spec.id.startswith("ALE/")):
         settings["episode_limit"] = LIMIT_OVER_DATA * longest
         notes["episode_limit"] = f"{settings['episode_limit']}, for the environment has none: "

@@ -31,6 +31,10 @@ class Trajectories:
     scale: float  # what returns-to-go were divided by
     returns: np.ndarray  # (E,) undiscounted, undivided
     lengths: np.ndarray  # (E,) transitions
+    # what experiments/baselines.py reads besides, and windows do not
+    reward: torch.Tensor | None = None  # (N,) float32, undivided
+    terminated: torch.Tensor | None = None  # (N,) bool, an end that was no cut: nothing follows
+    last_obs: torch.Tensor | None = None  # (E, O) or (E, 84, 84), after an episode's last action
 
     def __len__(self):
         return len(self.act)
