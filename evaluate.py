@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from embeddings import ZERO
 from load_gpt2 import TEXT_TOKENS, find_config, fingerprint, load_gpt2, talk
 from lora import inject_lora, mark_trainable, merged, round_frozen
 from model import GPT, LaMo
@@ -166,8 +167,8 @@ def build_model(settings, environment):
     """The model that training starts from: on the CPU, in fp32, its trainable tensors marked.
 
     environment: a tasks.Environment, for the shapes; settings: the fields of train.Config as a
-    dictionary; of them lm, pretrained, train, embed,
-    max_ep_len, dropout, lora_*, lm_coef and seed are read. Returns (LaMo, base), where base names
+    dictionary; of them lm, pretrained, train, embed, max_ep_len, dropout, lora_*, lm_coef and seed
+    are read. Returns (LaMo, base), where base names
     the language model underneath: {"lm", "sha256", "config"}. Raises UserError as load_gpt2 does.
     """
     torch.manual_seed(settings["seed"])  # random weights are part of what a seed fixes
@@ -181,6 +182,9 @@ def build_model(settings, environment):
     torch.manual_seed(settings["seed"])  # so that the new parts do not depend on the base
     obs_shape = observation_shape(environment.observation_space)
     n_act, discrete = action_size(environment.action_space), is_choice(environment.action_space)
+    if settings["embed"] == "tokens" and gpt.config.vocab_size not in ZERO:
+        known = " or ".join(map(str, ZERO))
+        raise UserError(f"--embed tokens knows the digits of vocabularies of {known} tokens only")
     model = LaMo(gpt, obs_shape, n_act, discrete, settings["embed"], settings["max_ep_len"])
     if settings["train"] == "lora":
         rank, alpha = settings["lora_rank"], settings["lora_alpha"]

@@ -18,7 +18,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
-from windows import STACK
+from embeddings import FrameEncoder, action_head, embed_numbers
 
 SHORT = 256  # tokens up to which a CPU attends faster by hand than in PyTorch's fused kernel
 LOSS_ROWS = 512  # tokens whose logits are held at a time: 50 MB of bf16 for GPT-2's vocabulary
@@ -231,76 +231,25 @@ def text_loss(gpt, tokens, batch=4):
     return total / (len(tokens) - 1)
 
 
-class ResidualMLP(nn.Module):
-    """LaMo's embedding: fc2(GELU(fc1 x)) + fc1 x. The residual is the authors' code's."""
-
-    def __init__(self, n_in, n_embd):
-        super().__init__()
-        self.fc1 = nn.Linear(n_in, n_embd)
-        self.fc2 = nn.Linear(n_embd, n_embd)
-
-    def forward(self, x):
-        h = self.fc1(x)
-        return self.fc2(F.gelu(h)) + h
-
-
-class FrameEncoder(nn.Module):
-    """States of frames: (B, K + STACK - 1, 84, 84) bytes -> (B, K, C).
-
-    The convolutions of Mnih et al. (2015), as Decision Transformer and LaMo have them for Atari.
-    """
-
-    def __init__(self, n_embd, embed):
-        super().__init__()
-        self.conv = nn.Sequential(
-            nn.Conv2d(STACK, 32, 8, stride=4),
-            nn.ReLU(),
-            nn.Conv2d(32, 64, 4, stride=2),
-            nn.ReLU(),
-            nn.Conv2d(64, 64, 3, stride=1),
-            nn.ReLU(),
-            nn.Flatten(),  # 64 x 7 x 7
-            nn.Linear(3136, n_embd),
-        )
-        self.mlp = ResidualMLP(n_embd, n_embd) if embed == "mlp" else nn.Identity()
-
-    def forward(self, frames):
-        states = frames.unfold(1, STACK, 1).permute(0, 1, 4, 2, 3)  # (B, K, STACK, 84, 84), a view
-        x = self.conv(states.flatten(0, 1).float() / 255)  # (B K, C)
-        return self.mlp(x).unflatten(0, states.shape[:2])  # (B, K, C)
-
-
-def action_head(embed, n_embd, n_act, discrete):
-    """Hidden state over s_t (.., C) -> action or logits (.., n_act).
-
-    Actions in numbers are bounded by tanh for `linear` only; logits never are.
-    """
-    if embed == "linear":
-        linear = nn.Linear(n_embd, n_act)
-        return linear if discrete else nn.Sequential(linear, nn.Tanh())
-    return nn.Sequential(nn.Linear(n_embd, n_embd), nn.GELU(), nn.Linear(n_embd, n_act))
-
-
 class LaMo(nn.Module):
     """A GPT that reads trajectories and predicts actions: the paper's policy.
 
     gpt: the body, used for language too; obs_shape: (O,) numbers or (84, 84) frames; n_act: A,
     numbers in an action, or, with discrete, how many actions there are to choose from; embed
-    "linear" or "mlp", how return, state and action become tokens; max_ep_len, rows of the time
-    embedding.
+    "linear", "mlp" or "tokens", how return, state and action become tokens; max_ep_len, rows of
+    the time embedding. Raises ValueError for another embed.
     """
 
     def __init__(self, gpt, obs_shape, n_act, discrete=False, embed="mlp", max_ep_len=1000):
         super().__init__()
-        if embed not in ("linear", "mlp"):
-            raise ValueError(f"embed is {embed!r}, but must be 'linear' or 'mlp'")
         C = gpt.config.n_embd
-        make_embedding = nn.Linear if embed == "linear" else ResidualMLP
-        frames = len(obs_shape) == 2
+        wte, frames = gpt.wte.weight, len(obs_shape) == 2
         self.discrete = discrete
-        self.embed_return = make_embedding(1, C)
-        self.embed_state = FrameEncoder(C, embed) if frames else make_embedding(*obs_shape, C)
-        self.embed_action = nn.Embedding(n_act, C) if discrete else make_embedding(n_act, C)
+        self.embed_return = embed_numbers(embed, 1, wte)
+        self.embed_state = (
+            FrameEncoder(C, embed) if frames else embed_numbers(embed, *obs_shape, wte)
+        )
+        self.embed_action = nn.Embedding(n_act, C) if discrete else embed_numbers(embed, n_act, wte)
         self.embed_time = nn.Embedding(max_ep_len, C)
         nn.init.normal_(self.embed_time.weight, std=0.02)  # as wpe starts: N(0, 1) drowns the rest
         self.embed_ln = nn.LayerNorm(C, eps=1e-5)

@@ -160,7 +160,7 @@ def check(settings):
     for name, valid in {
         "mode": ["normal", "delayed"],
         "quality": QUALITIES,
-        "embed": ["linear", "mlp"],
+        "embed": ["linear", "mlp", "tokens"],
         "train": ["lora", "new", "all"],
         "dtype": ["bf16", "fp32"],
     }.items():

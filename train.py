@@ -55,7 +55,7 @@ class Config:
     # the model
     pretrained: bool = "auto"  # start from the language model's weights, or from random ones
     train: str = "auto"  # lora, new (only what is outside the GPT) or all
-    embed: str = "auto"  # linear or mlp, for return, state, action and the head
+    embed: str = "auto"  # linear, mlp or tokens, for return, state and action; see embeddings.py
     lm_coef: float = "auto"  # weight of the language loss; 0 does no language work
     similarity: float = "auto"  # weight of Wiki-RL's pull of tokens towards words, see wiki_rl.py
     lora_rank: int = "auto"  # columns of LoRA's factors

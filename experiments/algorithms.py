@@ -33,7 +33,7 @@ from torchrl.objectives import (
     TD3BCLoss,
 )
 
-from model import FrameEncoder
+from embeddings import FrameEncoder
 
 # TorchRL's word on losses that have no target networks, of no use to anyone here.
 warnings.filterwarnings("ignore", r"The name target_\w+ wasn't part of the annotations")

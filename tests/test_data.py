@@ -23,7 +23,7 @@ from data import (
     read_dataset,
     returns_to_go,
 )
-from model import FrameEncoder
+from embeddings import FrameEncoder
 from plumbing import UserError
 from spaces import shrink
 from tasks import TASKS
