@@ -35,6 +35,7 @@ HUB = {  # name: (repository, config); sizes: Radford et al. 2019, table 2; Dist
     "gpt2-xl": ("openai-community/gpt2-xl", GPTConfig(48, 25, 1600)),
     "distilgpt2": ("distilbert/distilgpt2", GPTConfig(6, 12, 768)),
 }
+MINI_CONFIG = GPTConfig(3, 3, 192, vocab_size=257, block_size=256)
 DT = GPTConfig(3, 1, 128, vocab_size=257)  # the Decision Transformer's body, as the paper has it
 NAMES = [*HUB, "mini", "dt"]  # dt is a shape: it has no weights
 MINI = Path(__file__).parent / "assets" / "mini-lm.safetensors"  # made by experiments/pretrain.py

@@ -1,36 +1,54 @@
 """Language pre-training of a GPT from scratch: how the bundled mini LM was made.
 
     python -m experiments.pretrain --text TEXT [TEXT ...] --heldout TEXT --out mini-lm.safetensors
+    torchrun --nproc_per_node=8 -m experiments.pretrain --size gpt2 ...
+    python -m experiments.pretrain --resume mini-lm.state.pt
 
 A plain loop: random blocks, AdamW, linear warm-up, cosine decay. The vocabulary is 257 bytes unless
---vocab-size says otherwise, so the quality is told in bits per byte of the held-out text, which
-compares across vocabularies. The result is an `--lm PATH` for train.py.
+the size is one of GPT-2's, so the quality is told in bits per byte of the held-out text as well as
+in perplexity, for only the first compares across vocabularies. The result is an `--lm PATH` for
+train.py; beside it stand its log (.jsonl), a picture of that (.png), and, until the last step is
+done, what --resume goes on from (.state.pt).
 
 The paper asks what of pre-training helps control (its Figure 7): a model stopped early is fewer
 `--steps`, and one of a random corpus learns with `--shuffle-words`, the same words in no order.
 """
 
+import importlib.util
+import io
 import json
 import math
-from dataclasses import dataclass
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
+from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from load_gpt2 import fingerprint, save_gpt2
+from load_gpt2 import HUB, MINI_CONFIG, fingerprint, save_gpt2
 from model import GPT, GPTConfig, text_loss
 from plumbing import (
     UserError,
     check_numbers,
     check_writable,
+    choose,
     choose_device,
     choose_dtype,
+    join_processes,
+    leave_processes,
     parse_flags,
     run_command,
+    write_atomically,
 )
 from text import check_text, get_encoding, sample_text, tokenise
+
+SIZES = {"mini": MINI_CONFIG} | {name: config for name, (_, config) in HUB.items()}
+LR = {"mini": 1.5e-3, "distilgpt2": 6e-4, "gpt2": 6e-4, "gpt2-medium": 3e-4}  # peaks; those of
+LR |= {"gpt2-large": 2.5e-4, "gpt2-xl": 2e-4}  # GPT-2's sizes by Brown et al. 2020, table 2.1
+FORMAT = "lamo-pretraining-1"  # what a .state.pt says it is
 
 
 @dataclass
@@ -38,30 +56,32 @@ class Config:
     text: list[str] = None  # UTF-8 files to learn
     heldout: list[str] = None  # UTF-8 files to judge by, never trained on
     out: str = None  # where the weights go (.safetensors)
-    n_layer: int = 3  # blocks
-    n_head: int = 3  # attention heads
-    n_embd: int = 192  # width
-    vocab_size: int = 257  # 257 for bytes, 50257 for GPT-2's BPE
-    block_size: int = 256  # tokens of a block; GPT-2's is 1024
+    resume: str = ""  # go on from this .state.pt, with its settings: no other flag but --device
+    size: str = "mini"  # mini, gpt2, gpt2-medium, gpt2-large, gpt2-xl or distilgpt2
+    n_layer: int = "auto"  # blocks; this and the next four: the size's
+    n_head: int = "auto"  # attention heads
+    n_embd: int = "auto"  # width
+    vocab_size: int = "auto"  # 257 for bytes, 50257 for GPT-2's BPE
+    block_size: int = "auto"  # tokens of a block; GPT-2's is 1024
     dropout: float = 0.0  # while pre-training
     shuffle_words: bool = False  # a random corpus: the words of each block in random order
     half: bool = False  # write the weights as bf16: half the file
     steps: int = 1800  # optimiser steps
-    batch: int = 64  # blocks a step
+    batch: int = 64  # blocks a step, over all processes
     micro_batch: int = 16  # blocks at a time: bounds memory, changes nothing else
-    lr: float = 1.5e-3  # AdamW's peak learning rate
+    lr: float = "auto"  # AdamW's peak learning rate; auto: the size's
     weight_decay: float = 0.1  # on matrices only
     warmup: int = 100  # steps of linear warm-up; then a cosine down to a tenth
     clip: float = 1.0  # the gradient's norm is clipped here
-    eval_every: int = 300  # steps between looks at the held-out text
-    log_every: int = 25  # steps between printed lines
+    eval_every: int = 300  # steps between looks at the held-out text, and savings
+    log_every: int = 25  # steps between figures on the bar
     seed: int = 0  # of initialisation and sampling
     device: str = "auto"  # cuda or cpu
 
 
-def bits_per_byte(gpt, tokens, n_bytes):
-    """Cross-entropy of a text in bits per UTF-8 byte: comparable between vocabularies."""
-    return text_loss(gpt, tokens) * len(tokens) / n_bytes / math.log(2)
+def bits_per_byte(loss, n_tokens, n_bytes):
+    """A text's mean cross-entropy in nats a token, as bits a UTF-8 byte: one for any vocabulary."""
+    return loss * n_tokens / n_bytes / math.log(2)
 
 
 def word_starts(encoding):
@@ -81,18 +101,82 @@ def shuffle_words(tokens, starts, generator):
     return tokens.gather(1, place.argsort(dim=1, stable=True))
 
 
-def main():
-    c = Config(**parse_flags(Config, "python -m experiments.pretrain", __doc__))
+# --- before training -----------------------------------------------------------------------------
+
+
+def resolve(typed):
+    """Settings from what was typed, every one filled in. Raises UserError for what cannot be."""
+    settings = asdict(Config()) | typed
     for name in ("text", "heldout", "out"):
-        if getattr(c, name) is None:
+        if settings[name] is None:
             raise UserError(f"--{name} is missing; see --help")
-    if not c.out.endswith(".safetensors"):
-        raise UserError(f"--out is {c.out}, but must end in .safetensors")
-    check_numbers(vars(c), may_be_zero=("dropout", "seed", "weight_decay"))
-    check_writable(Path(c.out).parent, "--out")
-    device = choose_device(c.device)
-    if c.n_embd % c.n_head:
-        raise UserError(f"--n-embd {c.n_embd} is not a multiple of --n-head {c.n_head}")
+    if not settings["out"].endswith(".safetensors"):
+        raise UserError(f"--out is {settings['out']}, but must end in .safetensors")
+    shape = asdict(SIZES[choose("size", settings["size"], SIZES)])
+    shape |= {"lr": LR[settings["size"]], "dropout": settings["dropout"]}
+    settings |= {name: value for name, value in shape.items() if name not in typed}
+    check_numbers(settings, may_be_zero=("dropout", "seed", "weight_decay"))
+    check_writable(Path(settings["out"]).parent, "--out")
+    if importlib.util.find_spec("matplotlib") is None:  # better now than after the training
+        raise UserError("the picture needs a package: pip install matplotlib")
+    if settings["n_embd"] % settings["n_head"]:
+        wrong = f"--n-embd {settings['n_embd']} is not a multiple of"
+        raise UserError(f"{wrong} --n-head {settings['n_head']}")
+    return settings
+
+
+def read_state(path, device):
+    """What --resume goes on from: the dictionary that save_state wrote. Raises UserError."""
+    try:
+        state = torch.load(path, map_location=device, weights_only=True)
+    except FileNotFoundError as error:
+        raise UserError(f"there is no {path}; a run removes it when it is done") from error
+    except Exception as error:  # torch.load has many kinds
+        raise UserError(f"{path} is damaged, or not a .state.pt of pretrain's") from error
+    if not isinstance(state, dict) or state.get("format") != FORMAT:
+        raise UserError(f"{path} is not a .state.pt of pretrain's ({FORMAT})")
+    return state
+
+
+def beside(out, ending):
+    """The path of a file that belongs to the weights `out`."""
+    return Path(out.removesuffix(".safetensors") + ending)
+
+
+def plot(log, path):
+    """Draw perplexity against step, of the text that is learnt and of the held-out one, as PNG."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(5, 3.4), layout="constrained")
+    axis = figure.subplots()
+    steps = [row["step"] for row in log]
+    learnt = [math.exp(row["loss"]) for row in log]
+    axis.plot(steps, learnt, "o-", color="#999999", markersize=3, label="text that is learnt")
+    heldout = [row["perplexity"] for row in log]
+    axis.plot(steps, heldout, "o-", color="#0072B2", markersize=4, label="held-out text")
+    axis.set_yscale("log")
+    axis.set_xlabel("step")
+    axis.set_ylabel("perplexity per token")
+    axis.set_title(f"{log[-1]['bits_per_byte']:.2f} bits per held-out byte at the end", fontsize=10)
+    axis.grid(alpha=0.3)
+    axis.legend(fontsize=9)
+    write_atomically(path, partial(figure.savefig, format="png", dpi=150))
+
+
+# --- training ------------------------------------------------------------------------------------
+
+
+def main():
+    typed = parse_flags(Config, "python -m experiments.pretrain", __doc__)
+    rank, world, device = join_processes(choose_device(typed.pop("device", "auto")))
+    state = None
+    if path := typed.pop("resume", ""):
+        for name in typed:
+            raise UserError(f"--{name.replace('_', '-')} is as it was; --resume takes none but it")
+        state = read_state(path, device)
+    c = Config(**(state["settings"] if state else resolve(typed)))
+    if c.batch % world:
+        raise UserError(f"--batch {c.batch} cannot be shared by {world} processes")
     torch.manual_seed(c.seed)
     generator = torch.Generator().manual_seed(c.seed)
     encoding = get_encoding(c.vocab_size)
@@ -103,10 +187,8 @@ def main():
     check_text(tokens, c.block_size)
     check_text(heldout, 1)
 
-    config = GPTConfig(c.n_layer, c.n_head, c.n_embd, c.vocab_size, c.block_size, c.dropout)
-    gpt = GPT(config).to(device)
-    parameters = sum(p.numel() for p in gpt.parameters())
-    print(f"{parameters / 1e6:.2f} M parameters, {len(tokens) / 1e6:.1f} M tokens to learn from")
+    shape = GPTConfig(c.n_layer, c.n_head, c.n_embd, c.vocab_size, c.block_size, c.dropout)
+    gpt = GPT(shape).to(device)
     matrices = [p for p in gpt.parameters() if p.dim() == 2]
     others = [p for p in gpt.parameters() if p.dim() != 2]
     optimiser = torch.optim.AdamW(
@@ -117,10 +199,29 @@ def main():
         lr=c.lr,
         betas=(0.9, 0.95),
     )
+    log, done = [], 0
+    if state:  # nothing but the blocks and dropout is random
+        gpt.load_state_dict(state["model"])
+        optimiser.load_state_dict(state["optimiser"])
+        generator.set_state(state["generator"].cpu())
+        torch.set_rng_state(state["dropout"].cpu())
+        log, done = state["log"], state["step"]
+    if rank > 0:
+        torch.manual_seed(c.seed + 1_000_003 * rank + done)  # other dropout in each process
+    if rank == 0:
+        parameters = sum(p.numel() for p in gpt.parameters())
+        print(
+            f"{parameters / 1e6:.2f} M parameters, {len(tokens) / 1e6:.1f} M tokens to learn from"
+        )
+        print(f"{device}, {world} processes, {len(heldout) / 1e6:.2f} M held-out tokens")
+        if state:
+            print(f"going on from step {done} of {c.steps}")
+    model = DistributedDataParallel(gpt) if world > 1 else gpt
     autocast = torch.autocast(device.type, torch.bfloat16, choose_dtype(device) == "bf16")
-    log = []
-    bar = tqdm(total=c.steps, desc="pre-training", mininterval=1)
-    for step in range(1, c.steps + 1):
+    share = c.batch // world  # blocks of this process
+    summed, steps_summed = torch.zeros((), device=device), 0
+    bar = tqdm(total=c.steps, initial=done, desc="pre-training", mininterval=1, disable=rank > 0)
+    for step in range(done + 1, c.steps + 1):
         cosine = 0.55 + 0.45 * math.cos(math.pi * step / c.steps)
         for group in optimiser.param_groups:
             group["lr"] = c.lr * min(step / c.warmup, cosine)
@@ -128,32 +229,65 @@ def main():
         if c.shuffle_words:
             block = shuffle_words(torch.cat([x, y[:, -1:]], 1), starts, generator)
             x, y = block[:, :-1], block[:, 1:]
-        x, y = x.to(device), y.to(device)
-        mean_loss = 0.0
-        for i in range(0, c.batch, c.micro_batch):
+        mine = slice(rank * share, (rank + 1) * share)  # all draw the same blocks, and take some
+        x, y = x[mine].to(device), y[mine].to(device)
+        for i in range(0, share, c.micro_batch):
             part = slice(i, i + c.micro_batch)
-            with autocast:
-                loss = gpt(x[part], y[part])[1] * (len(x[part]) / c.batch)
-            loss.backward()
-            mean_loss += loss.item()
+            last = i + c.micro_batch >= share  # only then are gradients averaged over processes
+            with nullcontext() if last or world == 1 else model.no_sync():
+                with autocast:
+                    loss = model(x[part], y[part])[1] * (len(x[part]) / share)
+                loss.backward()
+            summed += loss.detach()
+        steps_summed += 1
         torch.nn.utils.clip_grad_norm_(gpt.parameters(), c.clip)
         optimiser.step()
         optimiser.zero_grad(set_to_none=True)
         bar.update()
-        if step % c.log_every == 0:
-            bar.set_postfix(loss=f"{mean_loss:.3f}")
-        if step % c.eval_every == 0 or step == c.steps:
+        if rank == 0 and step % c.log_every == 0:
+            bar.set_postfix(loss=f"{summed.item() / steps_summed:.3f}")
+        if rank == 0 and (step % c.eval_every == 0 or step == c.steps):
             with autocast:
-                log.append({"step": step, "loss": mean_loss})
-                log[-1]["bits_per_byte"] = bits_per_byte(gpt, heldout, heldout_bytes)
-            bar.write(f"step {step}: held-out {log[-1]['bits_per_byte']:.3f} bits per byte")
+                loss = text_loss(gpt, heldout)
+            row = {"step": step, "loss": summed.item() / steps_summed, "lr": group["lr"]}
+            row["perplexity"] = math.exp(loss)
+            row["bits_per_byte"] = bits_per_byte(loss, len(heldout), heldout_bytes)
+            log.append(row)
+            quality = (
+                f"perplexity {row['perplexity']:.2f}, {row['bits_per_byte']:.3f} bits per byte"
+            )
+            bar.write(f"step {step}: held-out {quality}")
             about = {"steps": f"{step} of {c.steps}", "log": json.dumps(log)}
             about["word_order"] = "random in each block" if c.shuffle_words else "the text's"
             about["learnt"] = json.dumps([Path(path).name for path in c.text])
             about["heldout"] = json.dumps([Path(path).name for path in c.heldout])
             save_gpt2(gpt, c.out, about, torch.bfloat16 if c.half else torch.float32)
+            rows = "".join(json.dumps(row) + "\n" for row in log)
+            write_atomically(beside(c.out, ".jsonl"), lambda file, t=rows: file.write(t.encode()))
+            state = {
+                "format": FORMAT,
+                "settings": asdict(c),
+                "step": step,
+                "model": gpt.state_dict(),
+                "optimiser": optimiser.state_dict(),
+                "generator": generator.get_state(),
+                "dropout": torch.get_rng_state(),
+                "log": log,
+            }
+            buffer = io.BytesIO()  # torch.save reports a full disk as no error of the disk
+            torch.save(state, buffer)
+            content = buffer.getbuffer()
+            write_atomically(beside(c.out, ".state.pt"), lambda file, b=content: file.write(b))
+        if step % c.eval_every == 0:
+            summed, steps_summed = torch.zeros_like(summed), 0
     bar.close()
-    print(f"wrote {c.out}, SHA-256 of its weights {fingerprint(gpt)}")
+    if rank == 0:
+        beside(c.out, ".state.pt").unlink(missing_ok=True)
+        plot(log, beside(c.out, ".png"))
+        print(f"wrote {c.out}, SHA-256 of its weights {fingerprint(gpt)}")
+        print(f"      {beside(c.out, '.jsonl')} and {beside(c.out, '.png')}: the held-out quality")
+    del model
+    leave_processes()
 
 
 if __name__ == "__main__":

@@ -378,6 +378,10 @@ def test_experiments_refuse(error_of, monkeypatch):
     assert "--text is missing" in error_of(pretrain.main)
     text = ["--text", "a.txt", "--heldout", "b.txt", "--out", "x.safetensors"]
     assert "cannot read the text a.txt" in error_of(pretrain.main, *text)
+    assert "unknown size 'gpt3'" in error_of(pretrain.main, *text, "--size", "gpt3")
+    assert "there is no x.state.pt" in error_of(pretrain.main, "--resume", "x.state.pt")
+    both = ["--resume", "x.state.pt", "--lr", "1"]
+    assert "--lr is as it was" in error_of(pretrain.main, *both)
 
 
 def test_one_line_and_exit_code_2_from_a_real_process(tmp_path):

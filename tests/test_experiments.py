@@ -3,6 +3,9 @@
 import json
 import math
 import re
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,11 +17,12 @@ from safetensors import safe_open
 from data import load_trajectories, read_dataset
 from experiments import collect, pretrain
 from experiments.pretrain import bits_per_byte, shuffle_words, word_starts
-from load_gpt2 import load_gpt2
-from model import GPT, GPTConfig
+from load_gpt2 import load_gpt2, save_gpt2
+from model import GPT, GPTConfig, text_loss
 from tasks import TASKS
 from text import get_encoding
 
+ROOT = Path(__file__).resolve().parent.parent
 HOPPER = TASKS["hopper"]
 
 
@@ -39,16 +43,97 @@ def test_pretraining_lowers_the_held_out_bits_and_saves_what_it_measured(tmp_pat
     assert log[1]["bits_per_byte"] < log[0]["bits_per_byte"] < 8
     gpt = load_gpt2(str(out))
     tokens = np.array(get_encoding(257).encode_ordinary(sentence * 5), np.uint16)
-    assert bits_per_byte(gpt, tokens, len(tokens)) == pytest.approx(
+    assert bits_per_byte(text_loss(gpt, tokens), len(tokens), len(tokens)) == pytest.approx(
         log[1]["bits_per_byte"], rel=0.02
     )
+
+    rows = [json.loads(line) for line in (tmp_path / "lm.jsonl").read_text().splitlines()]
+    assert rows == log
+    expected = math.exp(log[1]["bits_per_byte"] * math.log(2))  # a byte is a token here
+    assert log[1]["perplexity"] == pytest.approx(expected, rel=1e-6)
+    assert (tmp_path / "lm.png").read_bytes().startswith(b"\x89PNG")
+    assert not (tmp_path / "lm.state.pt").exists()  # done: nothing to go on from
+
+
+TINY = ["--n-layer", 1, "--n-head", 2, "--n-embd", 32, "--block-size", 32, "--steps", 8]
+TINY += ["--batch", 4, "--lr", "1e-2", "--warmup", 2, "--eval-every", 3, "--device", "cpu"]
+
+
+def pretrain_tiny(monkeypatch, folder, *more):
+    """One short pre-training in a folder; returns its log and its weights."""
+    folder.mkdir(exist_ok=True)
+    text = " ".join(str(i * i) for i in range(2000))
+    for name in ("text", "heldout"):
+        (folder / f"{name}.txt").write_text(text)
+    command = ["pretrain", "--text", folder / "text.txt", "--heldout", folder / "heldout.txt"]
+    command += ["--out", folder / "lm.safetensors", *TINY, *more]
+    monkeypatch.setattr("sys.argv", [str(x) for x in command])
+    pretrain.main()
+    return (folder / "lm.jsonl").read_text(), load_gpt2(str(folder / "lm.safetensors")).state_dict()
+
+
+def test_a_resumed_pretraining_ends_as_an_uninterrupted_one(tmp_path, monkeypatch):
+    more = ["--dropout", 0.1, "--shuffle-words"]
+    whole = pretrain_tiny(monkeypatch, tmp_path / "whole", *more)
+    saved = []
+
+    def stop_at_the_second(*arguments):
+        saved.append(arguments)
+        if len(saved) == 2:
+            raise KeyboardInterrupt
+        return save_gpt2(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(pretrain, "save_gpt2", stop_at_the_second)
+        with pytest.raises(KeyboardInterrupt):
+            pretrain_tiny(patch, tmp_path / "cut", *more)
+    state = tmp_path / "cut" / "lm.state.pt"
+    monkeypatch.setattr("sys.argv", ["pretrain", "--resume", str(state), "--device", "cpu"])
+    pretrain.main()
+    log = (tmp_path / "cut" / "lm.jsonl").read_text()
+    weights = load_gpt2(str(tmp_path / "cut" / "lm.safetensors")).state_dict()
+    assert log == whole[0]
+    for name, tensor in whole[1].items():
+        assert torch.equal(tensor, weights[name]), name
+
+
+def test_two_processes_pretrain_what_one_does(tmp_path, monkeypatch):
+    one = pretrain_tiny(monkeypatch, tmp_path / "one", "--micro-batch", 1)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    command += ["-m", "experiments.pretrain", "--text", tmp_path / "one" / "text.txt"]
+    command += ["--heldout", tmp_path / "one" / "heldout.txt", *TINY, "--micro-batch", 1]
+    (tmp_path / "two").mkdir()
+    command += ["--out", tmp_path / "two" / "lm.safetensors"]
+    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr[-2000:]
+    two = load_gpt2(str(tmp_path / "two" / "lm.safetensors")).state_dict()
+    for name, tensor in one[1].items():
+        assert torch.allclose(tensor, two[name], atol=2e-3), name
+    last = [
+        json.loads(log.splitlines()[-1])
+        for log in (one[0], (tmp_path / "two" / "lm.jsonl").read_text())
+    ]
+    assert last[0]["perplexity"] == pytest.approx(last[1]["perplexity"], rel=0.01)
+
+
+@pytest.mark.parametrize("size", ["mini", "gpt2-medium"])
+def test_a_size_is_a_shape_and_a_flag_wins(size):
+    base = {"text": ["t"], "heldout": ["h"], "out": "lm.safetensors", "size": size}
+    settings = pretrain.resolve(base | {"n_layer": 7})
+    expected = (7, 3, 192, 257, 256) if size == "mini" else (7, 16, 1024, 50257, 1024)
+    names = ("n_layer", "n_head", "n_embd", "vocab_size", "block_size")
+    assert tuple(settings[name] for name in names) == expected
+    assert settings["dropout"] == 0
+    assert settings["lr"] == (1.5e-3 if size == "mini" else 3e-4)
 
 
 def test_a_model_that_knows_nothing_needs_eight_bits_a_byte():
     gpt = GPT(GPTConfig(1, 1, 8, 257, 32))
     gpt.wte.weight.data.zero_()  # all logits equal
     tokens = np.arange(200, dtype=np.uint16)
-    assert bits_per_byte(gpt, tokens, 200) == pytest.approx(math.log2(257), rel=1e-5)
+    assert bits_per_byte(text_loss(gpt, tokens), 200, 200) == pytest.approx(
+        math.log2(257), rel=1e-5
+    )
 
 
 def test_recording_repeats_and_the_shorter_is_the_beginning_of_the_longer(tmp_path, monkeypatch):
