@@ -155,6 +155,8 @@ def plot(log, path):
     heldout = [row["perplexity"] for row in log]
     axis.plot(steps, heldout, "o-", color="#0072B2", markersize=4, label="held-out text")
     axis.set_yscale("log")
+    axis.yaxis.set_major_formatter("{x:g}")
+    axis.yaxis.set_minor_formatter("{x:g}")
     axis.set_xlabel("step")
     axis.set_ylabel("perplexity per token")
     axis.set_title(f"{log[-1]['bits_per_byte']:.2f} bits per held-out byte at the end", fontsize=10)
