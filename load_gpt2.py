@@ -141,7 +141,8 @@ def read_config(path, tensors, metadata):
         raise UserError(f"{path} does not say its number of heads; put its config.json beside it")
     if type(n_head) is not int or n_head < 1 or n_embd % n_head:
         raise UserError(f"{source} says n_head {n_head}, which does not divide n_embd {n_embd}")
-    return GPTConfig(n_head=n_head, block_size=block_size, **found)
+    visual = said.get("visual") is True or said.get("model_type") == "imagegpt"
+    return GPTConfig(n_head=n_head, block_size=block_size, visual=visual, **found)
 
 
 def find_config(name_or_path):
@@ -158,7 +159,8 @@ def load_gpt2(name_or_path, dropout=0.1):
 
     name_or_path: gpt2, gpt2-medium, gpt2-large, gpt2-xl, distilgpt2 (from the hub, whose HF_HOME,
     HF_ENDPOINT and HF_HUB_OFFLINE work), mini (bundled), a .safetensors or .bin file, or a folder
-    with one. dropout is a number to train with; no weights file holds it.
+    with one. dropout is a number to train with; no weights file holds it. ImageGPT's weights are
+    read from a folder as transformers saves it, but for their head: nobody paints here.
     Raises UserError if it cannot be had, or if a tensor is missing, misshapen or left over.
     """
     path = find_weights(name_or_path)
@@ -181,7 +183,9 @@ def load_gpt2(name_or_path, dropout=0.1):
             raise UserError(f"{path}: {key} is {tuple(tensor.shape)}, expected {expected}")
         state[key] = (tensor.t() if transposed else tensor).contiguous()
     for key, tensor in tensors.items():  # what may be left: the tied head and the causal masks
-        if key == "lm_head.weight" and torch.equal(tensor.float(), state["wte.weight"]):
+        if key == "lm_head.weight" and (
+            config.visual or torch.equal(tensor.float(), state["wte.weight"])
+        ):
             continue
         if key.endswith(("attn.bias", "attn.masked_bias")) and key.split(".")[0] == "h":
             T = config.block_size  # (1, 1, T, T) of ones below the diagonal, or one large number

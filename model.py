@@ -32,6 +32,14 @@ class GPTConfig:
     vocab_size: int = 50257  # V, GPT-2's byte-pair vocabulary; 257 for bytes
     block_size: int = 1024  # positions wpe knows
     dropout: float = 0.1  # on embeddings, attention weights and residual branches
+    visual: bool = (
+        False  # ImageGPT (Chen et al. 2020): other norms and activation, words are pixels
+    )
+
+
+def norm(config):
+    """A LayerNorm; ImageGPT's neither centres nor shifts."""
+    return (nn.RMSNorm if config.visual else nn.LayerNorm)(config.n_embd, eps=1e-5)
 
 
 def dropout(x, p, training):
@@ -99,9 +107,12 @@ class MLP(nn.Module):
         super().__init__()
         self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd)
         self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd)
+        self.visual = config.visual
 
     def forward(self, x):
-        return self.c_proj(F.gelu(self.c_fc(x), approximate="tanh"))
+        h = self.c_fc(x)  # (B, T, 4 C)
+        h = h * (1.702 * h).sigmoid() if self.visual else F.gelu(h, approximate="tanh")
+        return self.c_proj(h)
 
 
 class Block(nn.Module):
@@ -109,9 +120,9 @@ class Block(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        self.ln_1 = nn.LayerNorm(config.n_embd, eps=1e-5)
+        self.ln_1 = norm(config)
         self.attn = Attention(config)
-        self.ln_2 = nn.LayerNorm(config.n_embd, eps=1e-5)
+        self.ln_2 = norm(config)
         self.mlp = MLP(config)
         self.drop = Dropout(config.dropout)
 
@@ -133,7 +144,7 @@ class GPT(nn.Module):
         self.wpe = nn.Embedding(config.block_size, config.n_embd)
         self.drop = Dropout(config.dropout)
         self.h = nn.ModuleList(Block(config) for _ in range(config.n_layer))
-        self.ln_f = nn.LayerNorm(config.n_embd, eps=1e-5)
+        self.ln_f = norm(config)
         self.reset_parameters()
 
     def reset_parameters(self):

@@ -48,7 +48,8 @@ def get_encoding(vocab_size):
         )
     if vocab_size != 50257:
         raise UserError(
-            f"no tokeniser for a vocabulary of {vocab_size}; known: 50257 (GPT-2), 257 (bytes)"
+            f"no tokeniser for a vocabulary of {vocab_size}; known: 50257 (GPT-2), 257 (bytes). "
+            "Do without language: --lm-coef 0"
         )
     folder = os.environ.get("TIKTOKEN_CACHE_DIR") or os.environ.get("DATA_GYM_CACHE_DIR")
     folder = Path(folder or Path(tempfile.gettempdir()) / "data-gym-cache")  # tiktoken's own rule

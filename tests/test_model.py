@@ -3,6 +3,7 @@
 import json
 import math
 import random
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -11,7 +12,13 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
-from transformers import GPT2Config, GPT2LMHeadModel, GPT2Model
+from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
+    GPT2Model,
+    ImageGPTConfig,
+    ImageGPTForCausalImageModeling,
+)
 
 from load_gpt2 import find_config, fingerprint, is_cached, load_gpt2, main, save_gpt2
 from model import GPT, GPTConfig, LaMo, text_loss
@@ -345,3 +352,23 @@ def test_an_action_depends_on_the_past_only(step, what, seed):
     first = step + 1 if what == 2 else step  # a_t is read from step t + 1 on
     assert not changed[:first].any()
     assert changed[first:].all()
+
+
+def test_imagegpts_blocks_equal_transformers(tmp_path):
+    theirs = ImageGPTForCausalImageModeling(
+        ImageGPTConfig(n_layer=3, n_head=4, n_embd=48, vocab_size=65, n_positions=64)
+    ).eval()
+    with torch.no_grad():
+        for parameter in theirs.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.05)
+    theirs.save_pretrained(tmp_path)
+    ours = load_gpt2(str(tmp_path)).eval()
+    assert ours.config.visual
+    pixels = torch.randint(64, (2, 33))
+    expected = theirs.transformer(input_ids=pixels).last_hidden_state
+    found = ours.blocks(ours.wte(pixels) + ours.wpe.weight[:33])
+    assert torch.allclose(found, expected, atol=1e-4)
+    save_gpt2(ours, tmp_path / "again.safetensors", {})  # and our own file says what it is
+    again = load_gpt2(str(tmp_path / "again.safetensors"))
+    assert again.config == replace(ours.config, dropout=again.config.dropout)
+    assert fingerprint(again) == fingerprint(ours)
