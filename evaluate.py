@@ -253,8 +253,13 @@ def load_model(path, checkpoint):
             f"{path} was trained on other weights ({checkpoint['base']['lm']}): SHA-256 "
             f"{checkpoint['base']['sha256'][:12]}, found {base['sha256'][:12]}"
         )
-    names, state = checkpoint_names(model, train), checkpoint["model"]
-    parameters = dict(model.named_parameters())
+    load_trained(model, checkpoint["model"], train, path)
+    return model
+
+
+def load_trained(model, state, train, path):
+    """Put a checkpoint's tensors in place. Raises UserError, naming path, if they do not fit."""
+    names, parameters = checkpoint_names(model, train), dict(model.named_parameters())
     for name in sorted(names ^ state.keys()):
         where = "lacks" if name in names else "has a tensor the model does not know:"
         raise UserError(f"{path} {where} {name}; it is damaged or from another version")
@@ -263,7 +268,6 @@ def load_model(path, checkpoint):
             found, expected = tuple(tensor.shape), tuple(parameters[name].shape)
             raise UserError(f"{path}: {name} is {found}, expected {expected}")
         parameters[name].data.copy_(tensor)
-    return model
 
 
 # --- the command ---------------------------------------------------------------------------------

@@ -10,6 +10,7 @@ import difflib
 import functools
 import importlib
 import inspect
+import io
 import json
 import math
 import os
@@ -221,6 +222,13 @@ def write_atomically(path, write):
     finally:
         if temporary is not None:
             Path(temporary).unlink(missing_ok=True)
+
+
+def save_tensors(path, content):
+    """torch.save of a dictionary, whole or not at all (see write_atomically)."""
+    buffer = io.BytesIO()  # written directly, torch.save reports a full disk as no error of it
+    torch.save(content, buffer)
+    write_atomically(path, lambda file: file.write(buffer.getbuffer()))
 
 
 def check_writable(folder, flag):

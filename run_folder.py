@@ -3,10 +3,12 @@
 config.json    settings, what was chosen and why, the data's statistics, versions
 log.jsonl      a row for every log_every steps, and one for every evaluation
 ckpt.pt        the last checkpoint; best.pt, that of the best evaluation (see train.py)
+resume.pt      what --resume goes on from; removed when the run is finished
 result.json    the run's score
 """
 
 import json
+import os
 import sys
 import textwrap
 import time
@@ -14,19 +16,28 @@ from pathlib import Path
 
 import torch
 
-from plumbing import UserError, write_json
+from plumbing import UserError, save_tensors, write_json
 from tasks import normalised_score
+
+RESUME, FORMAT = "resume.pt", "lamo-resume-1"  # the file --resume goes on from, and what it is
 
 
 def make_run_folder(settings):
     """A new folder under --out, named after the run. Raises UserError if it cannot be made."""
-    parts = (settings["env"], settings["method"], f"{settings['ratio']:g}", f"s{settings['seed']}")
-    name = (
-        "-".join(parts).replace("/", "-").strip("-.")
-    )  # what has no row in tasks.py has a dataset's name
-    folder = Path(settings["out"]) / (name + time.strftime("-%Y%m%d-%H%M%S"))
+    name = settings["name"]
+    if name == "auto":
+        parts = [settings["env"], settings["method"], f"{settings['ratio']:g}"]
+        parts.append(f"s{settings['seed']}")
+        name = "-".join(parts).replace("/", "-").strip("-.")  # an env may be a dataset's name
+        name += time.strftime("-%Y%m%d-%H%M%S")
+    elif Path(name).name != name:
+        raise UserError(f"--name is {name}, but must be a folder's name; where it goes is --out")
+    folder = Path(settings["out"]) / name
     try:
         folder.mkdir(parents=True)
+    except FileExistsError as error:
+        what = f"{folder} exists already"
+        raise UserError(f"{what}; give another --name, or --resume {folder}") from error
     except OSError as error:
         raise UserError(f"cannot make {folder}: {error.strerror}; set --out") from error
     return folder
@@ -62,12 +73,72 @@ def begin_run(settings, environment, notes, data, model, base, world):
             "return_mean": float(mean),
             "return_std": float(std),
             "score": float(score),
+            "sha256": data.digest(),
         },
         "processes": world,
         "versions": {"torch": torch.__version__, "python": sys.version.split()[0]},
     }
     write_json(folder / "config.json", config)
     return folder
+
+
+def read_run(path, typed):
+    """What --resume goes on with: (config.json's dictionary, that of save_run or None).
+
+    typed: the other flags, of which there must be none. Raises UserError for them, for what is no
+    folder of a run, and for a finished one.
+    """
+    folder = Path(path)
+    for name in typed:
+        flag = "--" + name.replace("_", "-")
+        raise UserError(f"{flag} is as it was when the run began; --resume takes no other flag")
+    if (folder / "result.json").is_file():
+        raise UserError(f"{folder} is finished; its score is in {folder / 'result.json'}")
+    try:
+        begun = json.loads((folder / "config.json").read_text())
+        begun["settings"]["method"], begun["chosen"], begun["data"]["sha256"], begun["processes"]
+    except OSError as error:
+        raise UserError(f"{folder} is no run's folder: it has no config.json") from error
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{folder / 'config.json'} is damaged, or another version's") from error
+    if not (folder / RESUME).is_file():
+        return begun, None
+    try:
+        saved = torch.load(folder / RESUME, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch.load has many kinds
+        raise UserError(f"{folder / RESUME} is damaged; delete it to start the run anew") from error
+    if not isinstance(saved, dict) or saved.get("format") != FORMAT:
+        raise UserError(f"{folder / RESUME} is another version's ({FORMAT} is expected)")
+    return begun, saved
+
+
+def continue_run(path, begun, saved, data, base, world):
+    """Check that a run can go on as it began, and cut its log to what was saved. Returns a Path.
+
+    Raises UserError if the data, the language model or the number of processes are others.
+    """
+    folder = Path(path)
+    if begun["processes"] != world:
+        raise UserError(f"{folder} was begun by {begun['processes']} processes, not {world}")
+    if begun["data"]["sha256"] != data.digest():
+        was = begun["chosen"]["dataset"]
+        raise UserError(f"{folder} was begun on other data than are found now: {was}")
+    if begun["base"]["sha256"] != base["sha256"]:
+        raise UserError(f"{folder} was begun on other weights of {begun['base']['lm']}")
+    length = saved["log_bytes"] if saved else 0
+    log = folder / "log.jsonl"
+    if log.is_file():
+        if log.stat().st_size < length:
+            raise UserError(f"{log} is shorter than it was; the run cannot go on from it")
+        os.truncate(log, length)
+    print(f"going on with {folder} after step {saved['step'] if saved else 0}", flush=True)
+    return folder
+
+
+def save_run(folder, **state):
+    """Write what --resume goes on from. After a kill, the log is cut back to here."""
+    length = (folder / "log.jsonl").stat().st_size
+    save_tensors(folder / RESUME, {"format": FORMAT, "log_bytes": length} | state)
 
 
 def append_to_log(folder, row):
@@ -132,6 +203,7 @@ def end_run(
     result |= {"dataset_return_mean": float(data.returns.mean())}
     result |= {"seconds": seconds, "seconds_evaluating": evaluating}
     write_json(folder / "result.json", result)
+    (folder / RESUME).unlink(missing_ok=True)
     n = result["evaluations_averaged"]
     means = f"means of {n} evaluations, in the last 20 % of steps"
     print(f"\n{'target':>8} {'return':>8} {'score':>7}   {means}")

@@ -79,6 +79,7 @@ def resolve(config, typed):
     Raises UserError for values that cannot be.
     """
     settings = asdict(config) | typed
+    del settings["resume"]
     if settings["env"] == "auto" and settings["dataset"] != "auto":
         settings["env"], task = task_of_dataset(settings["dataset"])
     else:
@@ -116,12 +117,25 @@ def resolve(config, typed):
     if device.type == "cuda" and compiler is None and not known["compile"]:
         notes["compile"] = "off: torch.compile needs a C compiler (cc), and there is none"
     for name, value in settings.items():
-        if value == "auto" and name not in ("dataset", "corpus") and known[name] is not None:
+        if (
+            value == "auto"
+            and name not in ("dataset", "corpus", "name")
+            and known[name] is not None
+        ):
             settings[name] = known[name]
     if settings["targets"] != "auto":
         settings["targets"] = list(settings["targets"])
     check(settings)
     return settings, task, notes
+
+
+def task_of_run(settings):
+    """The task's row again, from settings that `resolve` has filled in."""
+    if settings["dataset"] != "auto":
+        env, task = task_of_dataset(settings["dataset"])
+        if env == settings["env"]:  # else both were given
+            return task
+    return find_task(settings["env"])[1]
 
 
 def complete(settings, notes, data, environment):

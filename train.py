@@ -8,7 +8,6 @@ main(), at the end. Figures without another source are from the paper, arXiv 231
 
 """
 
-import io
 import math
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -20,19 +19,20 @@ import torch.nn as nn
 from tqdm import tqdm
 
 from data import find_dataset, load_trajectories
-from evaluate import FORMAT, build_model, rollout, trained_state
+from evaluate import FORMAT, build_model, load_trained, rollout, trained_state
 from lora import round_frozen
 from model import Objective
 from plumbing import (
     UserError,
+    choose_device,
     join_processes,
     leave_processes,
     parse_flags,
     run_command,
-    write_atomically,
+    save_tensors,
 )
-from run_folder import append_to_log, begin_run, end_run
-from settings import complete, presets, resolve
+from run_folder import append_to_log, begin_run, continue_run, end_run, read_run, save_run
+from settings import complete, presets, resolve, task_of_run
 from tasks import find_environment, pack
 from text import check_text, find_text, get_encoding, sample_text, tokenise
 from wiki_rl import fading, find_centres
@@ -86,6 +86,8 @@ class Config:
     compile: bool = "auto"  # torch.compile the step; auto: on CUDA
     log_every: int = 100  # steps averaged into a row of the log
     out: str = "runs"  # a folder for this run is made in here
+    name: str = "auto"  # of that folder; auto: task, method, ratio, seed and time
+    resume: str = ""  # go on with this run's folder, as it was begun; takes no other flag
 
 
 # --- before training -----------------------------------------------------------------------------
@@ -166,8 +168,15 @@ def ahead(make):
 
 
 def main():
-    settings, task, notes = resolve(Config(), parse_flags(Config, "train.py", __doc__ + presets()))
-    rank, world, device = join_processes(torch.device(settings["device"]))
+    typed = parse_flags(Config, "train.py", __doc__ + presets())
+    begun = saved = None
+    if path := typed.pop("resume", ""):
+        begun, saved = read_run(path, typed)
+        settings, notes = begun["settings"], dict(begun["chosen"])
+        task = task_of_run(settings)
+    else:
+        settings, task, notes = resolve(Config(), typed)
+    rank, world, device = join_processes(choose_device(settings["device"]))
     settings["device"] = str(device)
 
     if rank > 0:
@@ -205,7 +214,10 @@ def main():
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=settings["dtype"] == "bf16")
 
     if rank == 0:
-        folder = begin_run(settings, environment, notes, data, model, base, world)
+        if begun:
+            folder = continue_run(path, begun, saved, data, base, world)
+        else:
+            folder = begin_run(settings, environment, notes, data, model, base, world)
         if settings["compile"]:
             print("compiling during the first step; it takes a minute or so", flush=True)
 
@@ -221,32 +233,46 @@ def main():
             "obs_mean": data.obs_mean.cpu(),
             "obs_std": data.obs_std.cpu(),
         }
-        buffer = io.BytesIO()  # torch.save reports a full disk as no error of the disk
-        torch.save(checkpoint, buffer)
-        write_atomically(folder / name, lambda file: file.write(buffer.getbuffer()))
+        save_tensors(folder / name, checkpoint)
 
     def next_window():
         window = sample_windows(data, settings["batch"] // world, settings["context"], window_rng)
-        return [x.to(device, non_blocking=True) for x in window]
+        return [x.to(device, non_blocking=True) for x in window], window_rng.get_state()
 
     # Frames that do not fit on the GPU are fetched while it works on those before.
     apart = data.obs.device.type != device.type
-    windows = ahead(next_window) if apart else iter(next_window, None)
 
     evaluations, best_score, shown = [], -math.inf, {}
     totals = torch.zeros(3, device=device)  # of the losses; reading them waits for the device
     summed = 0  # steps in totals
-    started, evaluating = time.time(), 0.0
-    bar = tqdm(total=settings["steps"], desc="training", disable=rank > 0, mininterval=1)
+    started, evaluating, done = time.time(), 0.0, 0
+    if saved:  # from here on all is as it was after that step
+        done, summed = saved["step"], saved["summed"]
+        evaluations, best_score = saved["evaluations"], saved["best_score"]
+        started, evaluating = started - saved["seconds"], saved["evaluating"]
+        load_trained(model, saved["model"], settings["train"], path)
+        optimiser.load_state_dict(saved["optimiser"])
+        mine = saved["processes"][rank]
+        totals.copy_(mine["totals"])
+        window_rng.set_state(mine["windows"])
+        text_rng.set_state(mine["text"])
+        torch.set_rng_state(mine["dropout"])
+        if device.type == "cuda":
+            torch.cuda.set_rng_state(mine["dropout_cuda"], device)
+    # Only now, for the first window is drawn at once in another thread.
+    windows = ahead(next_window) if apart else iter(next_window, None)
+    bar = tqdm(
+        total=settings["steps"], initial=done, desc="training", disable=rank > 0, mininterval=1
+    )
     model.train()
-    for step in range(1, settings["steps"] + 1):
+    for step in range(done + 1, settings["steps"] + 1):
         rising = step / max(1, settings["warmup"])
         falling = (1 - (step - 1) / settings["steps"]) / max(settings["cooldown"], 1e-9)
         lr = settings["lr"] * min(rising, 1.0, falling)  # constant in between, the paper's for ever
         for group in optimiser.param_groups:
             group["lr"] = lr
 
-        window = next(windows)
+        window, after_window = next(windows)
         text = None
         if tokens is not None:
             blocks = settings["lm_batch"] // world
@@ -302,6 +328,28 @@ def main():
             if score > best_score:
                 best_score = score
                 save("best.pt")
+        if step % settings["eval_every"] == 0 or last:
+            mine = {"totals": totals.cpu(), "windows": after_window, "text": text_rng.get_state()}
+            mine["dropout"] = torch.get_rng_state()
+            if device.type == "cuda":
+                mine["dropout_cuda"] = torch.cuda.get_rng_state(device)
+            processes = [mine]
+            if world > 1:
+                processes = [None] * world
+                dist.all_gather_object(processes, mine)
+            if rank == 0:
+                save_run(
+                    folder,
+                    step=step,
+                    model=trained_state(model, settings["train"]),
+                    optimiser=optimiser.state_dict(),
+                    processes=processes,
+                    summed=summed,
+                    evaluations=evaluations,
+                    best_score=best_score,
+                    seconds=time.time() - started,
+                    evaluating=evaluating,
+                )
     bar.close()
     if rank == 0:
         seconds = time.time() - started

@@ -9,7 +9,6 @@ and their hyperparameters are in experiments/algorithms.py. A policy here sees o
 four frames, and is told no target return.
 """
 
-import io
 import math
 import time
 from dataclasses import asdict, dataclass
@@ -28,7 +27,7 @@ from plumbing import (
     choose_device,
     parse_flags,
     run_command,
-    write_atomically,
+    save_tensors,
 )
 from run_folder import append_to_log, begin_run, end_run
 from settings import limit_episodes
@@ -86,6 +85,7 @@ class Config:
     device: str = "auto"  # cuda or cpu; auto: cuda if there is one
     log_every: int = 100  # steps averaged into a row of the log
     out: str = "runs"  # a folder for this run is made in here
+    name: str = "auto"  # of that folder; auto: task, algorithm, ratio, seed and time
 
 
 # --- data ----------------------------------------------------------------------------------------
@@ -250,9 +250,7 @@ def train(typed):
             "obs_mean": data.obs_mean.cpu(),
             "obs_std": data.obs_std.cpu(),
         }
-        buffer = io.BytesIO()
-        torch.save(checkpoint, buffer)
-        write_atomically(folder / name, lambda file: file.write(buffer.getbuffer()))
+        save_tensors(folder / name, checkpoint)
 
     generator = torch.Generator(data.obs.device).manual_seed(settings["seed"])
     stats, evaluations, best_score = (data.obs_mean, data.obs_std), [], -math.inf

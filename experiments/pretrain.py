@@ -15,7 +15,6 @@ The paper asks what of pre-training helps control (its Figure 7): a model stoppe
 """
 
 import importlib.util
-import io
 import json
 import math
 from contextlib import nullcontext
@@ -41,6 +40,7 @@ from plumbing import (
     leave_processes,
     parse_flags,
     run_command,
+    save_tensors,
     write_atomically,
 )
 from text import check_text, get_encoding, sample_text, tokenise
@@ -276,10 +276,7 @@ def main():
                 "dropout": torch.get_rng_state(),
                 "log": log,
             }
-            buffer = io.BytesIO()  # torch.save reports a full disk as no error of the disk
-            torch.save(state, buffer)
-            content = buffer.getbuffer()
-            write_atomically(beside(c.out, ".state.pt"), lambda file, b=content: file.write(b))
+            save_tensors(beside(c.out, ".state.pt"), state)
         if step % c.eval_every == 0:
             summed, steps_summed = torch.zeros_like(summed), 0
     bar.close()

@@ -1,0 +1,176 @@
+"""train.py --resume: a run that was stopped ends as one that was not, bit for bit."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+import train
+from evaluate import read_checkpoint
+from plumbing import UserError
+
+ROOT = Path(__file__).resolve().parent.parent
+SHORT = ["--ratio", 0.01, "--steps", 11, "--eval-every", 4, "--log-every", 3, "--episodes", 1]
+SHORT += ["--batch", 8, "--context", 5, "--lm-length", 64, "--warmup", 2, "--episode-limit", 20]
+SHORT += ["--dropout", 0.1]  # the short preset has none: its masks must go on, too
+
+
+def command(monkeypatch, *arguments):
+    monkeypatch.setattr(sys, "argv", ["train.py", *map(str, arguments)])
+    train.main()
+
+
+def outcome(folder):
+    """All that a run leaves behind, but for times."""
+    rows = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    result = json.loads((folder / "result.json").read_text())
+    for numbers in (*rows, result):
+        numbers.pop("seconds", None)
+        numbers.pop("seconds_evaluating", None)
+    names = ("ckpt.pt", "best.pt")
+    weights = {name: read_checkpoint(folder / name)["model"] for name in names}
+    return rows, result, weights, {path.name for path in folder.iterdir()}
+
+
+def assert_same(folder, expected):
+    rows, result, weights, names = outcome(folder)
+    assert (rows, result, names) == (expected[0], expected[1], expected[3])
+    for name, tensors in weights.items():
+        for key, tensor in tensors.items():
+            assert torch.equal(tensor, expected[2][name][key]), (name, key)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """What an uninterrupted run leaves behind."""
+    out = tmp_path_factory.mktemp("whole")
+    with pytest.MonkeyPatch.context() as patch:
+        command(patch, *SHORT, "--out", out, "--name", "run")
+    return outcome(out / "run")
+
+
+STOPS = {  # where a run is stopped: a function of train.py's, and at which of its calls
+    "before anything is saved": ("rollout", 1),
+    "after an evaluation": ("append_to_log", 3),
+    "while the checkpoint is written": ("save_tensors", 2),
+    "before what resuming needs is written": ("save_run", 2),
+    "between evaluations": ("append_to_log", 6),
+    "before the score": ("end_run", 1),
+}
+
+
+def stop_a_run(monkeypatch, out, name, at):
+    """Begin a run, and interrupt it at call number `at` of the function `name` of train.py."""
+    original, calls = getattr(train, name), []
+
+    def stop(*arguments, **named):
+        calls.append(name)
+        if len(calls) == at:
+            raise KeyboardInterrupt
+        return original(*arguments, **named)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train, name, stop)
+        with pytest.raises(KeyboardInterrupt):
+            command(patch, *SHORT, "--out", out, "--name", "run")
+
+
+@pytest.mark.parametrize("where", STOPS)
+def test_a_stopped_run_ends_as_a_whole_one(where, whole, tmp_path, monkeypatch):
+    stop_a_run(monkeypatch, tmp_path, *STOPS[where])
+    assert not (tmp_path / "run" / "result.json").exists()
+    command(monkeypatch, "--resume", tmp_path / "run")
+    assert_same(tmp_path / "run", whole)
+    with pytest.raises(UserError, match="is finished; its score is in"):
+        command(monkeypatch, "--resume", tmp_path / "run")
+
+
+def test_a_killed_process_is_resumed_by_another(whole, tmp_path):
+    begin = [sys.executable, str(ROOT / "train.py"), *map(str, SHORT)]
+    begin += ["--out", str(tmp_path), "--name", "run"]
+    folder = tmp_path / "run"
+    process = subprocess.Popen(begin, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    while not (folder / "resume.pt").exists() and process.poll() is None:
+        time.sleep(0.01)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    again = [sys.executable, str(ROOT / "train.py"), "--resume", str(folder)]
+    if process.returncode:  # else it was faster than the signal
+        done = subprocess.run(again, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+        assert "going on with" in done.stdout
+    assert_same(folder, whole)
+
+
+def test_two_processes_are_resumed_by_two_and_refused_by_one(tmp_path, monkeypatch):
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    flags = [*map(str, SHORT), "--out", str(tmp_path)]
+    subprocess.run([*launcher, "train.py", *flags, "--name", "whole"], cwd=ROOT, check=True)
+    expected = outcome(tmp_path / "whole")
+    # one that is stopped after its first save, as if the machine had gone
+    stopped = tmp_path / "run"
+    process = subprocess.Popen([*launcher, "train.py", *flags, "--name", "run"], cwd=ROOT)
+    while not (stopped / "resume.pt").exists() and process.poll() is None:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGTERM)  # torchrun ends its processes
+    process.wait()
+    if not (stopped / "result.json").exists():
+        with pytest.raises(UserError, match="begun by 2 processes, not 1"):
+            command(monkeypatch, "--resume", stopped)
+        subprocess.run([*launcher, "train.py", "--resume", str(stopped)], cwd=ROOT, check=True)
+    rows, result, weights, names = outcome(stopped)
+    assert (rows, names) == (expected[0], expected[3])
+    assert result["score"] == expected[1]["score"]
+    for key, tensor in weights["ckpt.pt"].items():
+        assert torch.equal(tensor, expected[2]["ckpt.pt"][key]), key
+
+
+@pytest.fixture
+def stopped(tmp_path, monkeypatch):
+    """A run that was stopped after its first save."""
+    stop_a_run(monkeypatch, tmp_path, "save_run", 2)
+    return tmp_path / "run"
+
+
+def test_what_cannot_be_resumed_is_said_in_one_line(stopped, monkeypatch, tmp_path):
+    def says(*arguments):
+        with pytest.raises(UserError) as error:
+            command(monkeypatch, "--resume", *arguments)
+        assert "\n" not in str(error.value)
+        return str(error.value)
+
+    assert "--lr is as it was when the run began" in says(stopped, "--lr", 1)
+    assert "it has no config.json" in says(tmp_path / "nowhere")
+    assert "it has no config.json" in says(tmp_path)
+    config = json.loads((stopped / "config.json").read_text())
+
+    def rewritten(**parts):
+        (stopped / "config.json").write_text(json.dumps(config | parts))
+
+    rewritten(data=config["data"] | {"sha256": "0" * 64})
+    assert "was begun on other data" in says(stopped)
+    rewritten(base=config["base"] | {"sha256": "0" * 64})
+    assert "was begun on other weights" in says(stopped)
+    (stopped / "config.json").write_text("{")
+    assert "config.json is damaged" in says(stopped)
+    rewritten()
+    whole = (stopped / "resume.pt").read_bytes()
+    (stopped / "resume.pt").write_bytes(whole[: len(whole) // 2])
+    assert "resume.pt is damaged" in says(stopped)
+    torch.save({"format": "other"}, stopped / "resume.pt")
+    assert "is another version's" in says(stopped)
+    (stopped / "resume.pt").write_bytes(whole)
+    (stopped / "log.jsonl").write_text("")
+    assert "is shorter than it was" in says(stopped)
+
+
+def test_a_name_is_a_folder_of_its_own(stopped, monkeypatch):
+    for name, says in (("run", "exists already; give another --name"), ("a/b", "--name is a/b")):
+        with pytest.raises(UserError, match=says):
+            command(monkeypatch, *SHORT, "--out", stopped.parent, "--name", name)
