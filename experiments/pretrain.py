@@ -114,7 +114,7 @@ def resolve(typed):
         raise UserError(f"--out is {settings['out']}, but must end in .safetensors")
     shape = asdict(SIZES[choose("size", settings["size"], SIZES)])
     shape |= {"lr": LR[settings["size"]], "dropout": settings["dropout"]}
-    settings |= {name: value for name, value in shape.items() if name not in typed}
+    settings |= {k: v for k, v in shape.items() if k in settings and k not in typed}
     check_numbers(settings, may_be_zero=("dropout", "seed", "weight_decay"))
     check_writable(Path(settings["out"]).parent, "--out")
     if importlib.util.find_spec("matplotlib") is None:  # better now than after the training
