@@ -38,7 +38,7 @@ from windows import STACK
 try:
     from tensordict import TensorDict
 
-    from experiments.algorithms import CHOICES, NUMBERS, make_learner
+    from experiments.algorithms import CHOICES, NUMBERS, SHORT_NUMBERS, make_learner
 except ModuleNotFoundError as error:
     if error.name not in ("tensordict", "torchrl"):
         raise
@@ -46,7 +46,7 @@ except ModuleNotFoundError as error:
 
 FORMAT = "lamo-baseline-1"  # what ckpt["format"] says
 PAPER = dict(steps=1_000_000, eval_every=25_000, episodes=20, episode_limit=0)  # CORL's steps
-SHORT = dict(steps=5000, eval_every=500, episodes=10, episode_limit=2000)  # without CUDA
+SHORT = dict(steps=5000, eval_every=250, episodes=10, episode_limit=2000)  # without CUDA
 DEFAULTS = dict(batch=256, actor_lr=3e-4, adam_eps=1e-8, alpha=0.0, beta=0.0, expectile=0.5)
 DEFAULTS |= dict(tau=0.005, target_every=1, return_span=0.0)
 SCALED = ("hopper", "halfcheetah", "walker2d", "ant")  # tasks whose rewards return_span scales
@@ -196,6 +196,8 @@ def complete_algorithm(settings, typed, environment):
         fitting = ", ".join(rows)
         raise UserError(f"{settings['algo']} is not for actions that are {kind}; use {fitting}")
     row = DEFAULTS | rows[settings["algo"]]
+    if settings["device"] == "cpu" and not discrete:
+        row |= SHORT_NUMBERS.get(settings["algo"], {})
     if settings["env"] not in SCALED:
         row |= {"return_span": 0.0}
     row |= {"clip_rewards": environment.spec.id.startswith("ALE/")}
