@@ -184,7 +184,8 @@ def build_model(settings, environment):
     n_act, discrete = action_size(environment.action_space), is_choice(environment.action_space)
     if settings["embed"] == "tokens" and gpt.config.vocab_size not in ZERO:
         known = " or ".join(map(str, ZERO))
-        raise UserError(f"--embed tokens knows the digits of vocabularies of {known} tokens only")
+        why = f"--embed tokens knows the digits of vocabularies of {known} words only"
+        raise UserError(f"{why}; use --embed mlp")
     model = LaMo(gpt, obs_shape, n_act, discrete, settings["embed"], settings["max_ep_len"])
     if settings["train"] == "lora":
         rank, alpha = settings["lora_rank"], settings["lora_alpha"]
@@ -222,13 +223,14 @@ def read_checkpoint(path, expected=FORMAT):
         raise UserError(f"{path} is no readable checkpoint: damaged, or not train.py's") from error
     found = checkpoint.get("format") if isinstance(checkpoint, dict) else None
     if found != expected:
-        reader = READERS.get(found)
+        reader = READERS.get(str(found))
         hint = f", but {found}'s: {reader} {path}" if reader else ""
         raise UserError(f"{path} is not a checkpoint of this project's ({expected}){hint}")
     kinds = {"settings": dict, "chosen": dict, "base": dict, "model": dict, "step": int}
     kinds |= {"environment": dict, "obs_mean": torch.Tensor, "obs_std": torch.Tensor}
     wrong = [k for k, kind in kinds.items() if not isinstance(checkpoint.get(k), kind)]
-    wrong += [k for k, t in checkpoint.get("model", {}).items() if not torch.is_tensor(t)]
+    if not wrong:
+        wrong = [name for name, t in checkpoint["model"].items() if not torch.is_tensor(t)]
     if wrong or checkpoint["obs_mean"].shape != checkpoint["obs_std"].shape:
         raise UserError(f"{path} lacks {', '.join(wrong) or 'obs_std'} as it should be: damaged")
     try:

@@ -20,6 +20,8 @@ from plumbing import UserError, save_tensors, write_json
 from tasks import normalised_score
 
 RESUME, FORMAT = "resume.pt", "lamo-resume-1"  # the file --resume goes on from, and what it is
+SAVED = {"log_bytes", "step", "model", "optimiser", "processes", "summed", "evaluations"}
+SAVED |= {"best_score", "seconds", "evaluating"}  # what is in it
 
 
 def make_run_folder(settings):
@@ -30,14 +32,13 @@ def make_run_folder(settings):
         parts.append(f"s{settings['seed']}")
         name = "-".join(parts).replace("/", "-").strip("-.")  # an env may be a dataset's name
         name += time.strftime("-%Y%m%d-%H%M%S")
-    elif Path(name).name != name:
+    elif Path(name).name != name or name in ("", ".."):
         raise UserError(f"--name is {name}, but must be a folder's name; where it goes is --out")
     folder = Path(settings["out"]) / name
     try:
         folder.mkdir(parents=True)
     except FileExistsError as error:
-        what = f"{folder} exists already"
-        raise UserError(f"{what}; give another --name, or --resume {folder}") from error
+        raise UserError(f"{folder} exists already; give another --name") from error
     except OSError as error:
         raise UserError(f"cannot make {folder}: {error.strerror}; set --out") from error
     return folder
@@ -96,7 +97,9 @@ def read_run(path, typed):
         raise UserError(f"{folder} is finished; its score is in {folder / 'result.json'}")
     try:
         begun = json.loads((folder / "config.json").read_text())
-        begun["settings"]["method"], begun["chosen"], begun["data"]["sha256"], begun["processes"]
+        begun["chosen"], begun["data"]["sha256"], begun["processes"]
+        if "algo" in begun["settings"]:
+            raise UserError(f"{folder} is a baseline's run, which cannot go on; begin it anew")
     except OSError as error:
         raise UserError(f"{folder} is no run's folder: it has no config.json") from error
     except (ValueError, KeyError, TypeError) as error:
@@ -107,7 +110,7 @@ def read_run(path, typed):
         saved = torch.load(folder / RESUME, map_location="cpu", weights_only=True)
     except Exception as error:  # torch.load has many kinds
         raise UserError(f"{folder / RESUME} is damaged; delete it to start the run anew") from error
-    if not isinstance(saved, dict) or saved.get("format") != FORMAT:
+    if not isinstance(saved, dict) or saved.get("format") != FORMAT or SAVED - saved.keys():
         raise UserError(f"{folder / RESUME} is another version's ({FORMAT} is expected)")
     return begun, saved
 

@@ -70,6 +70,21 @@ def presets():
     return "\n".join([*lines, "The short preset is taken without CUDA, or with the mini LM."])
 
 
+def choose_task(settings, typed):
+    """The task's row, by --env or --dataset; fills in settings["env"]. Raises UserError."""
+    if settings["env"] == "auto" and settings["dataset"] != "auto":
+        settings["env"], task = task_of_dataset(settings["dataset"])
+    else:
+        settings["env"] = "hopper" if settings["env"] == "auto" else settings["env"]
+        settings["env"], task = find_task(settings["env"])
+    choose("quality", settings["quality"], QUALITIES)
+    if "quality" in typed and "{quality}" not in (task.dataset or ""):
+        raise UserError(f"--quality does not apply: {settings['env']} has one dataset")
+    if "quality" in typed and settings["dataset"] != "auto":
+        raise UserError("--quality and --dataset both say which dataset; give one of them")
+    return task
+
+
 def resolve(config, typed):
     """Fill in every "auto" that does not wait for the data (see `complete`).
 
@@ -80,15 +95,7 @@ def resolve(config, typed):
     """
     settings = asdict(config) | typed
     del settings["resume"]
-    if settings["env"] == "auto" and settings["dataset"] != "auto":
-        settings["env"], task = task_of_dataset(settings["dataset"])
-    else:
-        settings["env"] = "hopper" if settings["env"] == "auto" else settings["env"]
-        settings["env"], task = find_task(settings["env"])
-    if "quality" in typed and "{quality}" not in (task.dataset or ""):
-        raise UserError(f"--quality does not apply: {settings['env']} has one dataset")
-    if "quality" in typed and settings["dataset"] != "auto":
-        raise UserError("--quality and --dataset both say which dataset; give one of them")
+    task = choose_task(settings, typed)
     method = METHODS[choose("method", settings["method"], METHODS)]
     device = choose_device(settings["device"])
     known = vars(task) | method | typed

@@ -49,7 +49,7 @@ def get_encoding(vocab_size):
     if vocab_size != 50257:
         raise UserError(
             f"no tokeniser for a vocabulary of {vocab_size}; known: 50257 (GPT-2), 257 (bytes). "
-            "Do without language: --lm-coef 0"
+            "Such a model can only be trained without text: train.py --lm-coef 0"
         )
     folder = os.environ.get("TIKTOKEN_CACHE_DIR") or os.environ.get("DATA_GYM_CACHE_DIR")
     folder = Path(folder or Path(tempfile.gettempdir()) / "data-gym-cache")  # tiktoken's own rule
@@ -170,12 +170,15 @@ def tokenise(path, encoding):
     return np.memmap(cached, np.uint16, mode="r")
 
 
-def check_text(tokens, length):
-    """Raises UserError if a text is shorter than a block of `length` tokens and its targets."""
+def check_text(tokens, length, flags=("--corpus", "--lm-length")):
+    """Raises UserError if a text is shorter than a block of `length` tokens and its targets.
+
+    flags: those that say the text and the length.
+    """
     if len(tokens) < length + 1:
         raise UserError(
             f"the text has {len(tokens)} tokens, but a block needs {length + 1}; give a longer "
-            "text (--corpus FILE) or shorter blocks (--lm-length N)"
+            f"text ({flags[0]} FILE) or shorter blocks ({flags[1]} N)"
         )
 
 

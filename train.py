@@ -144,13 +144,13 @@ def prepare(settings, task, notes, device):
     if settings["lm_coef"] == 0:
         notes["text"] = "none, for lm_coef is 0"
         return environment, data, model.to(device), base, None
+    encoding = get_encoding(model.gpt.config.vocab_size)
     longest = model.gpt.config.block_size
     if settings["lm_length"] > longest:
         blocks = f"blocks of {settings['lm_length']} tokens"
         raise UserError(f"{blocks}, but the model knows {longest}: use --lm-length {longest}")
-    vocab_size = model.gpt.config.vocab_size
-    text_file, notes["text"] = find_text(settings["corpus"], vocab_size == 257)
-    tokens = tokenise(text_file, get_encoding(vocab_size))
+    text_file, notes["text"] = find_text(settings["corpus"], encoding.name == "bytes")
+    tokens = tokenise(text_file, encoding)
     check_text(tokens, settings["lm_length"])
     return environment, data, model.to(device), base, tokens
 
@@ -251,14 +251,18 @@ def main():
         evaluations, best_score = saved["evaluations"], saved["best_score"]
         started, evaluating = started - saved["seconds"], saved["evaluating"]
         load_trained(model, saved["model"], settings["train"], path)
-        optimiser.load_state_dict(saved["optimiser"])
-        mine = saved["processes"][rank]
-        totals.copy_(mine["totals"])
-        window_rng.set_state(mine["windows"])
-        text_rng.set_state(mine["text"])
-        torch.set_rng_state(mine["dropout"])
-        if device.type == "cuda":
-            torch.cuda.set_rng_state(mine["dropout_cuda"], device)
+        try:
+            optimiser.load_state_dict(saved["optimiser"])
+            mine = saved["processes"][rank]
+            totals.copy_(mine["totals"])
+            window_rng.set_state(mine["windows"])
+            text_rng.set_state(mine["text"])
+            torch.set_rng_state(mine["dropout"])
+            if device.type == "cuda":
+                torch.cuda.set_rng_state(mine["dropout_cuda"], device)
+        except (KeyError, IndexError, TypeError, ValueError, RuntimeError) as error:
+            why = f"the state in {path} does not fit this run"
+            raise UserError(f"{why}; delete resume.pt there to begin it anew") from error
     # Only now, for the first window is drawn at once in another thread.
     windows = ahead(next_window) if apart else iter(next_window, None)
     bar = tqdm(

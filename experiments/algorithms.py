@@ -8,7 +8,7 @@ filter, which TorchRL lacks. Every algorithm is one function that returns a Lear
 Hyperparameters are CORL's for numbers (github.com/tinkoff-ai/CORL: configs/offline/*/hopper/
 medium_v2.yaml, defaults of algorithms/offline/*.py; CORL has no kitchen, which takes the same), and
 d3rlpy's for choices (github.com/takuseno/d3rlpy: reproductions/offline, and DiscreteBCConfig for
-BC). Where d3rlpy predicts 200 quantiles of a value, here it is one number.
+BC). Where d3rlpy predicts 200 quantiles of a value, here it is one number. SHORT_NUMBERS are ours.
 """
 
 import itertools
@@ -23,6 +23,7 @@ import torch.nn.functional as F
 from tensordict import TensorDict
 from tensordict.nn import TensorDictModule, TensorDictSequential
 from torchrl.modules import IndependentNormal, ProbabilisticActor, QValueModule, TanhNormal
+from torchrl.modules.distributions.utils import rsample_and_log_prob
 from torchrl.objectives import (
     BCLoss,
     CQLLoss,
@@ -38,22 +39,25 @@ from embeddings import FrameEncoder
 # TorchRL's word on losses that have no target networks, of no use to anyone here.
 warnings.filterwarnings("ignore", r"The name target_\w+ wasn't part of the annotations")
 
-NUMBERS = {  # CORL's
-    "bc": dict(lr=3e-4, layers=2),
-    "td3bc": dict(lr=3e-4, layers=2, alpha=2.5, tau=0.005),
-    "iql": dict(lr=3e-4, layers=2, beta=3.0, expectile=0.7, tau=0.001, return_span=1000.0),
-    "cql": dict(lr=3e-4, actor_lr=3e-5, layers=3, alpha=10.0, tau=0.005, return_span=1000.0),
+NUMBERS = {  # CORL's; an algorithm reads what its row names, and nothing else
+    "bc": dict(lr=3e-4, batch=256, layers=2),
+    "td3bc": dict(lr=3e-4, batch=256, layers=2, discount=0.99, tau=0.005, alpha=2.5),
+    "iql": dict(lr=3e-4, batch=256, layers=2, discount=0.99, tau=0.001, beta=3.0, expectile=0.7),
+    "cql": dict(lr=3e-4, batch=256, layers=3, discount=0.99, tau=0.005, alpha=10.0, actor_lr=3e-5),
 }
+SPAN = dict(iql=1000.0, cql=1000.0)  # what these have rewards scaled to in MuJoCo's tasks
 SHORT_NUMBERS = {  # for the 5000 steps of the short preset, where CORL has a million
-    "td3bc": dict(tau=0.1),  # or values would not have come halfway to what the data earn
+    "td3bc": dict(tau=0.1),  # or values would not have come a tenth of the way to what is earned
     "cql": dict(tau=0.1, actor_lr=3e-4, batch=64),
+    # IQL stays: on 1 % of hopper, the better its values the worse its policy (see the README)
 }
 CHOICES = {  # d3rlpy's
-    "bc": dict(lr=1e-3, batch=100, beta=0.5, layers=2),
-    "cql": dict(lr=5e-5, batch=32, adam_eps=1e-2 / 32, alpha=4.0, target_every=2000, layers=2),
-    "bcq": dict(lr=5e-5, batch=32, adam_eps=1e-2 / 32, beta=0.01, target_every=2000, layers=2),
-    "nfq": dict(lr=5e-5, batch=32, layers=2),
+    "bc": dict(lr=1e-3, batch=100, layers=2, beta=0.5),
+    "cql": dict(lr=5e-5, batch=32, layers=2, discount=0.99, target_every=2000, alpha=4.0),
+    "bcq": dict(lr=5e-5, batch=32, layers=2, discount=0.99, target_every=2000, beta=0.01),
+    "nfq": dict(lr=5e-5, batch=32, layers=2, discount=0.99),
 }
+ADAM_EPS = dict(cql=1e-2 / 32, bcq=1e-2 / 32, nfq=1e-8)  # Adam's epsilon, for choices
 HIDDEN = 256  # units of a layer
 POLICY_NOISE, NOISE_CLIP, ACTOR_EVERY = 0.2, 0.5, 2  # TD3's
 IQL_STD = 0.5**0.5  # of a fixed Gaussian: its log-likelihood is CORL's squared error
@@ -77,7 +81,7 @@ def mlp(n_in, n_out, layers):
     """(B, n_in) -> (B, n_out), with `layers` hidden layers of HIDDEN rectified units."""
     widths = [n_in] + [HIDDEN] * layers
     hidden = [part for a, b in itertools.pairwise(widths) for part in (nn.Linear(a, b), nn.ReLU())]
-    return nn.Sequential(*hidden, nn.Linear(HIDDEN, n_out))
+    return nn.Sequential(*hidden, nn.Linear(widths[-1], n_out))
 
 
 class Critic(nn.Module):
@@ -117,6 +121,23 @@ def features(obs_shape, layers):
         encoder = FrameEncoder(FRAME_FEATURES, "linear")  # (B, 4, 84, 84) -> (B, 1, 512)
         return nn.Sequential(encoder, nn.Flatten(), nn.ReLU()), FRAME_FEATURES
     return nn.Sequential(*mlp(*obs_shape, HIDDEN, layers - 1), nn.ReLU()), HIDDEN
+
+
+class Likeliest(nn.Module):
+    """BCQ's filter: the best of the choices that an imitation of the data finds likely enough.
+
+    values (B, n) and features (B, F) -> the choice (B,) and its value (B, 1).
+    """
+
+    def __init__(self, n_features, n_act):
+        super().__init__()
+        self.imitation = nn.Linear(n_features, n_act)
+
+    def forward(self, values, features):
+        log_probability = self.imitation(features).log_softmax(-1)  # (B, n)
+        least = log_probability.amax(-1, keepdim=True) + math.log(BCQ_THRESHOLD)
+        best = values.masked_fill(log_probability < least, -torch.inf).max(-1, keepdim=True)
+        return best.indices[..., 0], best.values
 
 
 class Chosen(nn.Module):
@@ -253,8 +274,9 @@ def conservative(loss, batch):
     with torch.no_grad(), loss.actor_network_params.to_module(loss.actor_network):
         for state in (batch, batch["next"]):
             policy = loss.actor_network.get_dist(state.select("observation"))
-            actions.append(policy.sample(size[:1]))
-            densities.append(policy.log_prob(actions[-1]))
+            action, density = rsample_and_log_prob(policy, size[:1])
+            actions.append(action)
+            densities.append(density)
     actions = torch.cat([*actions, batch["action"][None]])  # (3 n + 1, B, A), the data's last
     densities = torch.cat(densities)  # (3 n, B)
     total = 0.0
@@ -275,9 +297,15 @@ def cql(obs_shape, n_act, c):
         distribution_class=TanhNormal,
         return_log_prob=True,
     )
-    critic = Critic(*obs_shape, n_act, c["layers"], orthogonal=True)
-    critic = TensorDictModule(critic, ["observation", "action"], ["state_action_value"])
-    loss = CQLLoss(actor, critic, loss_function="l2", target_entropy=-float(n_act))
+    critics = [  # two at once, for TorchRL would draw the second one, and the first anew
+        TensorDictModule(
+            Critic(*obs_shape, n_act, c["layers"], orthogonal=True),
+            ["observation", "action"],
+            ["state_action_value"],
+        )
+        for _ in range(2)
+    ]
+    loss = CQLLoss(actor, critics, loss_function="l2", target_entropy=-float(n_act))
     loss.make_value_estimator(gamma=c["discount"])
     targets = SoftUpdate(loss, tau=c["tau"])
     critics = adam(loss.qvalue_network_params.parameters(), c["lr"])
@@ -314,7 +342,7 @@ def cql(obs_shape, n_act, c):
 
 def clone_choices(obs_shape, n_act, c):
     """BC: cross-entropy of choices, and beta times the mean square of the logits."""
-    encoder, n = features(obs_shape, c["layers"])
+    encoder, n = features(obs_shape, c.get("layers"))
     net = nn.Sequential(encoder, nn.Linear(n, n_act))
     actor = TensorDictModule(net, ["observation"], ["action"])
     loss = BCLoss(actor, loss_function="cross_entropy")
@@ -338,15 +366,8 @@ def q_learning(obs_shape, n_act, c):
     BCQ_THRESHOLD as likely as the likeliest, by an imitation that shares the features.
     """
     algo, delayed = c["algo"], c["algo"] != "nfq"
-    encoder, n = features(obs_shape, c["layers"])
-    value, imitation = nn.Linear(n, n_act), nn.Linear(n, n_act)
-
-    def likeliest(q, features):
-        log_probability = imitation(features).log_softmax(-1)  # (B, n)
-        least = log_probability.amax(-1, keepdim=True) + math.log(BCQ_THRESHOLD)
-        best = q.masked_fill(log_probability < least, -torch.inf).max(-1, keepdim=True)
-        return best.indices[..., 0], best.values
-
+    encoder, n = features(obs_shape, c.get("layers"))
+    value, likeliest = nn.Linear(n, n_act), Likeliest(n, n_act)
     parts = [
         TensorDictModule(encoder, ["observation"], ["features"]),
         TensorDictModule(value, ["features"], ["action_value"]),
@@ -364,10 +385,10 @@ def q_learning(obs_shape, n_act, c):
         double_dqn=delayed,
     )
     loss.make_value_estimator(gamma=c["discount"])
-    targets = HardUpdate(loss, value_network_update_interval=c["target_every"]) if delayed else None
-    if algo == "bcq":
-        loss.imitation = imitation  # no part of Q, so TorchRL does not know it
-    optimiser = adam(loss.parameters(), c["lr"], c["adam_eps"])
+    targets = None
+    if delayed:  # TorchRL's counter starts at 0: it copies one step later than it is told
+        targets = HardUpdate(loss, value_network_update_interval=c["target_every"] - 1)
+    optimiser = adam(loss.parameters(), c["lr"], ADAM_EPS[algo])
 
     def update(batch):
         losses = {"loss_critic": loss(batch)["loss"]}
@@ -378,7 +399,7 @@ def q_learning(obs_shape, n_act, c):
             losses["loss_conservative"] = (q.logsumexp(-1) - chosen).mean()
             total = total + c["alpha"] * losses["loss_conservative"]
         if algo == "bcq":
-            logits = imitation(encoder(batch["observation"]))
+            logits = likeliest.imitation(encoder(batch["observation"]))
             losses["loss_imitation"] = F.cross_entropy(logits, batch["action"])
             losses["loss_imitation"] += c["beta"] * logits.square().mean()
             total = total + losses["loss_imitation"]

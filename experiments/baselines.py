@@ -10,6 +10,7 @@ four frames, and is told no target return.
 """
 
 import math
+import os
 import time
 from dataclasses import asdict, dataclass
 
@@ -30,15 +31,15 @@ from plumbing import (
     save_tensors,
 )
 from run_folder import append_to_log, begin_run, end_run
-from settings import limit_episodes
-from spaces import action_size, is_choice, observation_shape
-from tasks import QUALITIES, find_environment, find_task, pack, task_of_dataset
+from settings import choose_task, limit_episodes
+from spaces import action_size, is_choice, is_picture, observation_shape
+from tasks import find_environment, pack
 from windows import STACK
 
 try:
     from tensordict import TensorDict
 
-    from experiments.algorithms import CHOICES, NUMBERS, SHORT_NUMBERS, make_learner
+    from experiments.algorithms import CHOICES, NUMBERS, SHORT_NUMBERS, SPAN, make_learner
 except ModuleNotFoundError as error:
     if error.name not in ("tensordict", "torchrl"):
         raise
@@ -47,9 +48,10 @@ except ModuleNotFoundError as error:
 FORMAT = "lamo-baseline-1"  # what ckpt["format"] says
 PAPER = dict(steps=1_000_000, eval_every=25_000, episodes=20, episode_limit=0)  # CORL's steps
 SHORT = dict(steps=5000, eval_every=250, episodes=10, episode_limit=2000)  # without CUDA
-DEFAULTS = dict(batch=256, actor_lr=3e-4, adam_eps=1e-8, alpha=0.0, beta=0.0, expectile=0.5)
-DEFAULTS |= dict(tau=0.005, target_every=1, return_span=0.0)
-SCALED = ("hopper", "halfcheetah", "walker2d", "ant")  # tasks whose rewards return_span scales
+MAY_BE_ZERO = ("seed", "alpha", "beta", "return_span", "discount", "episode_limit")
+ALGORITHM_FLAGS = {"layers", "lr", "actor_lr", "batch", "discount", "tau", "target_every", "alpha"}
+ALGORITHM_FLAGS |= {"beta", "expectile", "return_span", "clip_rewards"}
+SCALED = ("hopper", "halfcheetah", "walker2d")  # tasks whose rewards return_span scales
 
 
 @dataclass
@@ -67,16 +69,15 @@ class Config:
     layers: int = "auto"  # hidden layers of 256 units
     lr: float = "auto"  # Adam's learning rate
     actor_lr: float = "auto"  # of CQL's policy
-    adam_eps: float = "auto"  # Adam's epsilon
     batch: int = "auto"  # transitions a step
-    discount: float = 0.99  # gamma
+    discount: float = "auto"  # gamma
     tau: float = "auto"  # share of new weights in the target networks, each step (numbers)
     target_every: int = "auto"  # steps between copies into the target network (choices)
     alpha: float = "auto"  # TD3+BC's weight of Q; CQL's of the conservative term
     beta: float = "auto"  # IQL's inverse temperature; of BC's and BCQ's squared logits
     expectile: float = "auto"  # IQL's
     return_span: float = "auto"  # rewards are scaled until returns span this; 0: as they are
-    clip_rewards: bool = "auto"  # rewards are cut to [-1, 1]; auto: in Atari's tasks
+    clip_rewards: bool = "auto"  # rewards are cut to [-1, 1]; auto: Atari's, unless delayed
     # the run
     steps: int = "auto"  # optimiser steps
     eval_every: int = "auto"  # steps between evaluations
@@ -94,11 +95,12 @@ class Config:
 def rewards_of(data, settings):
     """The rewards an algorithm learns from: (N,), scaled or clipped as the settings say."""
     rewards = data.reward
-    if settings["return_span"]:
+    if settings.get("return_span"):  # BC's settings have neither
         span = float(data.returns.max() - data.returns.min())
-        if span > 0:  # else there is nothing to tell apart
-            rewards = rewards * (settings["return_span"] / span)
-    return rewards.clamp(-1, 1) if settings["clip_rewards"] else rewards
+        if span == 0:
+            raise UserError("all returns are equal, so none can span anything: --return-span 0")
+        rewards = rewards * (settings["return_span"] / span)
+    return rewards.clamp(-1, 1) if settings.get("clip_rewards") else rewards
 
 
 def sample_transitions(data, rewards, batch, generator):
@@ -164,17 +166,15 @@ def resolve(typed):
     if settings["algo"] is None:
         raise UserError(f"--algo is missing; give one of {', '.join(algos)}")
     choose("algo", settings["algo"], algos)
-    if settings["env"] == "auto" and settings["dataset"] != "auto":
-        settings["env"], task = task_of_dataset(settings["dataset"])
-    else:
-        env = "hopper" if settings["env"] == "auto" else settings["env"]
-        settings["env"], task = find_task(env)
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        raise UserError("baselines train in one process; start them without torchrun")
+    check_numbers(typed, MAY_BE_ZERO)
+    task = choose_task(settings, typed)
     device = choose_device(settings["device"])
     settings["device"] = str(device)
     short = device.type == "cpu"
     settings |= {k: v for k, v in (SHORT if short else PAPER).items() if k not in typed}
     choose("mode", settings["mode"], ["normal", "delayed"])
-    choose("quality", settings["quality"], QUALITIES)
     if not 0 < settings["ratio"] <= 1:
         raise UserError(f"--ratio is {settings['ratio']:g}, but must be above 0 and at most 1")
     check_writable(settings["out"], "--out")
@@ -185,29 +185,41 @@ def resolve(typed):
     return settings, task, {"preset": "short (no CUDA)" if short else "CORL's steps"}
 
 
-def complete_algorithm(settings, typed, environment):
+def complete_algorithm(settings, typed, notes, environment):
     """Fill in, in place, the algorithm's row, now that it is known what actions are.
 
-    Raises UserError for an algorithm that is not for such actions, and for impossible numbers.
+    Raises UserError for an algorithm that is not for such actions, for flags it does not read, and
+    for impossible numbers.
     """
     discrete = is_choice(environment.action_space)
     rows, kind = (CHOICES, "choices") if discrete else (NUMBERS, "numbers")
     if settings["algo"] not in rows:
         fitting = ", ".join(rows)
         raise UserError(f"{settings['algo']} is not for actions that are {kind}; use {fitting}")
-    row = DEFAULTS | rows[settings["algo"]]
-    if settings["device"] == "cpu" and not discrete:
-        row |= SHORT_NUMBERS.get(settings["algo"], {})
-    if settings["env"] not in SCALED:
-        row |= {"return_span": 0.0}
-    row |= {"clip_rewards": environment.spec.id.startswith("ALE/")}
-    settings |= {name: value for name, value in row.items() if name not in typed}
-    may_be_zero = ("seed", "alpha", "beta", "return_span", "discount", "episode_limit")
-    check_numbers(settings, may_be_zero)
-    for name in ("ratio", "discount", "tau", "expectile"):
-        if settings[name] > 1:
-            flag = "--" + name
-            raise UserError(f"{flag} is {settings[name]:g}, but must be at most 1")
+    row, preset = dict(rows[settings["algo"]]), {}
+    if not discrete and settings["device"] == "cpu":
+        preset = SHORT_NUMBERS.get(settings["algo"], {})
+        preset = {name: value for name, value in preset.items() if name not in typed}
+    if preset:
+        changed = ", ".join(f"{name} {value:g}" for name, value in preset.items())
+        notes["preset"] += f", with {changed} instead of CORL's"
+    if settings["algo"] != "bc":
+        row["return_span"] = SPAN.get(settings["algo"], 0.0) if settings["env"] in SCALED else 0.0
+        if discrete:
+            row["return_span"] = 0.0
+        atari = environment.spec.id.startswith("ALE/")
+        row["clip_rewards"] = atari and settings["mode"] == "normal"  # else a return becomes 1
+    if is_picture(environment.observation_space):
+        del row["layers"]  # the convolutions are what they are
+    for name in ALGORITHM_FLAGS - row.keys():
+        del settings[name]
+        if name in typed:
+            flag = "--" + name.replace("_", "-")
+            raise UserError(f"{settings['algo']} has no use for {flag} on these {kind}")
+    settings |= {name: value for name, value in (row | preset).items() if name not in typed}
+    for name in ("discount", "tau", "expectile"):
+        if settings.get(name, 0) > 1:
+            raise UserError(f"--{name} is {settings[name]:g}, but must be at most 1")
 
 
 # --- the commands --------------------------------------------------------------------------------
@@ -221,7 +233,7 @@ def train(typed):
         settings["env"], task, settings["ratio"], settings["dataset"], settings["quality"]
     )
     environment, notes["environment"] = find_environment(task, source)
-    complete_algorithm(settings, typed, environment)
+    complete_algorithm(settings, typed, notes, environment)
     data = load_trajectories(
         source,
         environment.action_space,
@@ -309,13 +321,14 @@ def evaluate(typed):
     settings = checkpoint["settings"] | typed
     environment = checkpoint["environment"]
     device = choose_device(typed.get("device", "auto"))
-    actor = Actor(learn_from(environment, settings).policy)
     try:
+        actor = Actor(learn_from(environment, settings).policy)
         actor.load_state_dict(checkpoint["model"])
-    except RuntimeError as error:
+        episodes = settings["episodes"]
+        settings["context"], settings["mode"], settings["scale"], settings["dtype"]
+    except (RuntimeError, KeyError, TypeError, ValueError, AttributeError) as error:
         raise UserError(f"{path} does not fit its own settings; it is damaged") from error
     stats = checkpoint["obs_mean"].to(device), checkpoint["obs_std"].to(device)
-    episodes = settings["episodes"]
     results = rollout(
         actor.to(device), environment, settings, stats, [None], episodes, progress=True
     )

@@ -14,6 +14,7 @@ The paper asks what of pre-training helps control (its Figure 7): a model stoppe
 `--steps`, and one of a random corpus learns with `--shuffle-words`, the same words in no order.
 """
 
+import hashlib
 import importlib.util
 import json
 import math
@@ -24,6 +25,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
@@ -49,6 +51,8 @@ SIZES = {"mini": MINI_CONFIG} | {name: config for name, (_, config) in HUB.items
 LR = {"mini": 1.5e-3, "distilgpt2": 6e-4, "gpt2": 6e-4, "gpt2-medium": 3e-4}  # peaks; those of
 LR |= {"gpt2-large": 2.5e-4, "gpt2-xl": 2e-4}  # GPT-2's sizes by Brown et al. 2020, table 2.1
 FORMAT = "lamo-pretraining-1"  # what a .state.pt says it is
+SAVED = {"settings", "step", "model", "optimiser", "generator", "dropout", "dropout_cuda"}
+SAVED |= {"texts", "log"}  # what is in it
 
 
 @dataclass
@@ -117,25 +121,35 @@ def resolve(typed):
     settings |= {k: v for k, v in shape.items() if k in settings and k not in typed}
     check_numbers(settings, may_be_zero=("dropout", "seed", "weight_decay"))
     check_writable(Path(settings["out"]).parent, "--out")
-    if importlib.util.find_spec("matplotlib") is None:  # better now than after the training
-        raise UserError("the picture needs a package: pip install matplotlib")
+    settings["out"] = str(Path(settings["out"]).absolute())  # --resume may be called elsewhere
+    for name in ("text", "heldout"):
+        settings[name] = [str(Path(path).absolute()) for path in settings[name]]
     if settings["n_embd"] % settings["n_head"]:
         wrong = f"--n-embd {settings['n_embd']} is not a multiple of"
         raise UserError(f"{wrong} --n-head {settings['n_head']}")
     return settings
 
 
-def read_state(path, device):
+def read_state(path):
     """What --resume goes on from: the dictionary that save_state wrote. Raises UserError."""
     try:
-        state = torch.load(path, map_location=device, weights_only=True)
+        state = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError as error:
         raise UserError(f"there is no {path}; a run removes it when it is done") from error
     except Exception as error:  # torch.load has many kinds
         raise UserError(f"{path} is damaged, or not a .state.pt of pretrain's") from error
-    if not isinstance(state, dict) or state.get("format") != FORMAT:
+    if not isinstance(state, dict) or state.get("format") != FORMAT or SAVED - state.keys():
         raise UserError(f"{path} is not a .state.pt of pretrain's ({FORMAT})")
+    try:
+        Config(**state["settings"])
+    except TypeError as error:
+        raise UserError(f"{path} is another version's: its settings are not today's") from error
     return state
+
+
+def digest(tokens):
+    """SHA-256 of a text's tokens."""
+    return hashlib.sha256(np.ascontiguousarray(tokens).data).hexdigest()
 
 
 def beside(out, ending):
@@ -175,19 +189,28 @@ def main():
     if path := typed.pop("resume", ""):
         for name in typed:
             raise UserError(f"--{name.replace('_', '-')} is as it was; --resume takes none but it")
-        state = read_state(path, device)
+        state = read_state(path)
     c = Config(**(state["settings"] if state else resolve(typed)))
+    if importlib.util.find_spec("matplotlib") is None:  # better now than after the training
+        raise UserError("the picture needs a package: pip install matplotlib")
     if c.batch % world:
         raise UserError(f"--batch {c.batch} cannot be shared by {world} processes")
     torch.manual_seed(c.seed)
     generator = torch.Generator().manual_seed(c.seed)
     encoding = get_encoding(c.vocab_size)
+    if rank > 0:
+        dist.barrier()  # the first process tokenises, the others read what it wrote
     tokens = np.concatenate([tokenise(path, encoding) for path in c.text])
     heldout = np.concatenate([tokenise(path, encoding) for path in c.heldout])
+    if rank == 0 and world > 1:
+        dist.barrier()
     heldout_bytes = sum(Path(path).stat().st_size for path in c.heldout)
     starts = word_starts(encoding) if c.shuffle_words else None
-    check_text(tokens, c.block_size)
-    check_text(heldout, 1)
+    check_text(tokens, c.block_size, ("--text", "--block-size"))
+    check_text(heldout, 1, ("--heldout", "--block-size"))
+    texts = {"learnt": digest(tokens), "heldout": digest(heldout)}
+    if state and state["texts"] != texts:
+        raise UserError(f"the texts are not those that {path} was begun with; begin anew")
 
     shape = GPTConfig(c.n_layer, c.n_head, c.n_embd, c.vocab_size, c.block_size, c.dropout)
     gpt = GPT(shape).to(device)
@@ -203,10 +226,15 @@ def main():
     )
     log, done = [], 0
     if state:  # nothing but the blocks and dropout is random
-        gpt.load_state_dict(state["model"])
-        optimiser.load_state_dict(state["optimiser"])
-        generator.set_state(state["generator"].cpu())
-        torch.set_rng_state(state["dropout"].cpu())
+        try:
+            gpt.load_state_dict(state["model"])
+            optimiser.load_state_dict(state["optimiser"])
+            generator.set_state(state["generator"])
+            torch.set_rng_state(state["dropout"])
+            if device.type == "cuda" and state["dropout_cuda"] is not None:
+                torch.cuda.set_rng_state(state["dropout_cuda"], device)
+        except (KeyError, TypeError, ValueError, RuntimeError) as error:
+            raise UserError(f"{path} does not fit its own settings; it is damaged") from error
         log, done = state["log"], state["step"]
     if rank > 0:
         torch.manual_seed(c.seed + 1_000_003 * rank + done)  # other dropout in each process
@@ -248,10 +276,17 @@ def main():
         bar.update()
         if rank == 0 and step % c.log_every == 0:
             bar.set_postfix(loss=f"{summed.item() / steps_summed:.3f}")
-        if rank == 0 and (step % c.eval_every == 0 or step == c.steps):
+        looking = step % c.eval_every == 0 or step == c.steps
+        if looking and world > 1:
+            dist.all_reduce(summed)
+            summed /= world
+        if rank == 0 and looking:
             with autocast:
                 loss = text_loss(gpt, heldout)
-            row = {"step": step, "loss": summed.item() / steps_summed, "lr": group["lr"]}
+            mean = summed.item() / steps_summed
+            if not math.isfinite(loss + mean) or loss > 100:
+                raise UserError(f"the loss is {loss:.3g} by step {step}, beyond help; lower --lr")
+            row = {"step": step, "loss": mean, "lr": group["lr"]}
             row["perplexity"] = math.exp(loss)
             row["bits_per_byte"] = bits_per_byte(loss, len(heldout), heldout_bytes)
             log.append(row)
@@ -274,15 +309,19 @@ def main():
                 "optimiser": optimiser.state_dict(),
                 "generator": generator.get_state(),
                 "dropout": torch.get_rng_state(),
+                "dropout_cuda": None,
+                "texts": texts,
                 "log": log,
             }
+            if device.type == "cuda":
+                state["dropout_cuda"] = torch.cuda.get_rng_state(device)
             save_tensors(beside(c.out, ".state.pt"), state)
         if step % c.eval_every == 0:
             summed, steps_summed = torch.zeros_like(summed), 0
     bar.close()
     if rank == 0:
-        beside(c.out, ".state.pt").unlink(missing_ok=True)
         plot(log, beside(c.out, ".png"))
+        beside(c.out, ".state.pt").unlink(missing_ok=True)
         print(f"wrote {c.out}, SHA-256 of its weights {fingerprint(gpt)}")
         print(f"      {beside(c.out, '.jsonl')} and {beside(c.out, '.png')}: the held-out quality")
     del model

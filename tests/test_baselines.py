@@ -26,7 +26,7 @@ from experiments.algorithms import (
     conservative,
     make_learner,
 )
-from experiments.baselines import DEFAULTS, rewards_of, sample_transitions
+from experiments.baselines import SCALED, rewards_of, sample_transitions
 from plumbing import UserError
 from windows import Trajectories
 
@@ -34,7 +34,7 @@ VERSION = itertools.count()
 
 
 def settings_of(algo, rows, **other):
-    return DEFAULTS | rows[algo] | dict(algo=algo, discount=0.9, steps=1000) | other
+    return rows[algo] | dict(algo=algo, discount=0.9, steps=1000) | other
 
 
 def transitions(obs, act, reward, following, terminated):
@@ -47,8 +47,9 @@ def transitions(obs, act, reward, following, terminated):
 
 @pytest.fixture
 def small(monkeypatch):
-    """Networks of 64 units: these problems need no more, and the tests less time."""
+    """Networks of 64 units, and Adam's usual epsilon: these problems are small, and so is time."""
     monkeypatch.setattr(algorithms, "HIDDEN", 64)
+    monkeypatch.setattr(algorithms, "ADAM_EPS", dict.fromkeys(CHOICES, 1e-8))
 
 
 # --- data ----------------------------------------------------------------------------------------
@@ -230,7 +231,7 @@ def test_a_chain_is_solved_but_by_bc(algo, small):
     assert (values.argmax(-1) == RIGHT).all()
     # with the default weight, the pull to what the data choose would be worth four ends
     weight = {"alpha": 0.02} if algo == "cql" else {}
-    c = settings_of(algo, CHOICES, lr=1e-3, adam_eps=1e-8, target_every=50, layers=2, **weight)
+    c = settings_of(algo, CHOICES, lr=1e-3, target_every=50, **weight)
     learner = make_learner((STATES,), 2, True, c)
     learn(learner, data, 200 if algo == "bc" else 1500, 64)
     chosen = learner.policy(torch.eye(STATES)).argmax(-1)
@@ -249,10 +250,44 @@ def test_a_chain_is_solved_but_by_bc(algo, small):
 def test_bcq_never_chooses_what_the_data_hardly_do(small):
     torch.manual_seed(0)
     data = chain_data(4000, right=0.1)  # a ninth of the likeliest, below the threshold
-    c = settings_of("bcq", CHOICES, lr=1e-3, adam_eps=1e-8, target_every=50)
+    c = settings_of("bcq", CHOICES, lr=1e-3, target_every=50)
     learner = make_learner((STATES,), 2, True, c)
     learn(learner, data, 600, 64)
     assert (learner.policy(torch.eye(STATES)).argmax(-1) == LEFT).all()
+
+
+def test_cql_for_choices_holds_on_to_the_data_as_alpha_says(small):
+    torch.manual_seed(0)
+    data = chain_data(4000, right=0.4)
+    c = settings_of("cql", CHOICES, lr=1e-3, target_every=50, alpha=5.0)
+    learner = make_learner((STATES,), 2, True, c)
+    learn(learner, data, 600, 64)
+    assert (learner.policy(torch.eye(STATES)).argmax(-1) == LEFT).all()  # as BC
+
+
+@pytest.mark.parametrize("algo", ["bc", "bcq"])
+def test_beta_keeps_logits_small(algo, small):
+    data, sizes = chain_data(2000, right=0.4), []
+    for beta in (0.0, 10.0):
+        torch.manual_seed(0)
+        c = settings_of(algo, CHOICES, lr=1e-3, beta=beta)
+        learner = make_learner((STATES,), 2, True, c)
+        learn(learner, data, 300, 64)
+        if algo == "bc":
+            found = learner.policy.net(torch.eye(STATES))
+        else:
+            table = TensorDict(observation=torch.eye(STATES), batch_size=STATES)
+            features = learner.policy.net(table)["features"]
+            found = learner.policy.net[2].module.imitation(features)
+        sizes.append(found.square().mean().item())
+    assert sizes[1] < 0.1 * sizes[0]
+
+
+def test_bcqs_imitation_is_part_of_the_policy_that_is_saved():
+    learner = make_learner((STATES,), 2, True, settings_of("bcq", CHOICES))
+    assert any("imitation" in name for name in learner.policy.state_dict())
+    trained = {id(p) for p in learner.trained.parameters()}
+    assert all(id(p) in trained for p in learner.policy.parameters())
 
 
 @pytest.mark.parametrize("algo", ["cql", "bcq"])
@@ -342,6 +377,54 @@ def test_cql_finds_the_best_the_data_know(small):
     assert (acts(learner) - BEST) ** 2 < 0.1 * (HABIT - BEST) ** 2  # of what cloning forgoes
 
 
+FIRST, SECOND = torch.tensor([1.0, 0.0]), torch.tensor([0.0, 1.0])
+
+
+@pytest.mark.parametrize("algo", ["td3bc", "iql", "cql"])
+def test_what_follows_is_worth_what_it_earns_discounted(algo, small):
+    """Two steps: the first pays nothing, the second 1 - (a - BEST)^2. A cut one goes on."""
+    torch.manual_seed(0)
+    n = 2000
+    act = (HABIT + 0.4 * torch.randn(2 * n, 1)).clamp(-0.99, 0.99)
+    obs = torch.cat([FIRST.expand(n, 2), SECOND.expand(n, 2)])
+    reward = torch.cat([torch.zeros(n), 1 - (act[n:, 0] - BEST).square()])
+    terminated = torch.arange(2 * n) >= n
+    data = transitions(obs, act, reward, SECOND.expand(2 * n, 2), terminated)
+    c = settings_of(algo, NUMBERS, lr=1e-3, layers=2, tau=0.05, steps=1200)
+    if algo == "cql":
+        c |= {"actor_lr": 1e-3, "alpha": 0.02}
+    learner = make_learner((2,), 1, False, c)
+    learn(learner, data, 700 if algo == "cql" else 1200, 64 if algo == "cql" else 256)
+    loss = learner.trained
+
+    def q(state, action):
+        with torch.no_grad(), loss.qvalue_network_params[0].to_module(loss.qvalue_network):
+            return loss.qvalue_network.module(state[None], action).item()
+
+    if algo == "iql":  # its value is the expectile of what the second step earns
+        value, rewards = 0.0, reward[n:].numpy()
+        for _ in range(2000):
+            error = rewards - value
+            value += 0.1 * (np.where(error < 0, 0.3, 0.7) * error).mean()
+    elif algo == "cql":  # its value is over the policy's own, random actions
+        mean, std = learner.policy.net(SECOND[None])
+        actions = (mean + std * torch.randn(2000, 1)).tanh()
+        value = (1 - (actions - BEST).square()).mean().item()
+    else:
+        value = 1 - (learner.policy(SECOND[None]).item() - BEST) ** 2
+    assert q(FIRST, torch.tensor([[HABIT]])) == pytest.approx(0.9 * value, abs=0.12)
+    assert value > 0.4
+
+
+def test_cqls_critics_begin_orthogonal():
+    learner = make_learner((11,), 3, False, settings_of("cql", NUMBERS))
+    weights = learner.trained.qvalue_network_params["module", "net", "2", "weight"]
+    assert weights.shape == (2, 256, 256)
+    for weight in weights:
+        assert torch.allclose(weight @ weight.T, 2 * torch.eye(256), atol=1e-4)
+    assert not torch.equal(weights[0], weights[1])
+
+
 def test_the_conservative_term_is_the_integral_it_estimates(monkeypatch):
     """Of a Q that is linear in the action: log of the integral of exp Q has a closed form."""
     n, slope = 4000, 1.5
@@ -380,11 +463,13 @@ def test_a_run_is_a_run_like_any_other(algo, monkeypatch, capsys, tmp_path):
     names = {"config.json", "log.jsonl", "ckpt.pt", "best.pt", "result.json"}
     assert {path.name for path in folder.iterdir()} == names
     config = json.loads((folder / "config.json").read_text())
-    for name, value in (NUMBERS[algo] | SHORT_NUMBERS.get(algo, {})).items():
-        if name == "batch":
-            continue  # typed
-        expected = 0.0 if name == "return_span" else value  # MuJoCo's three-digit returns only
-        assert config["settings"][name] == expected
+    expected = NUMBERS[algo] | SHORT_NUMBERS.get(algo, {}) | {"batch": 16}
+    if algo != "bc":
+        assert "reacher2d" not in SCALED
+        expected |= {"return_span": 0.0, "clip_rewards": False}
+    assert {name: config["settings"][name] for name in expected} == expected
+    unread = baselines.ALGORITHM_FLAGS - expected.keys()
+    assert not unread & config["settings"].keys()
     rows = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows] == [5, 10, 10, 15, 20, 20]
     assert f"{folder / 'ckpt.pt'}" in printed
@@ -423,7 +508,12 @@ def test_choices_from_frames(algo, monkeypatch, capsys, tmp_path):
     command(monkeypatch, *arguments, *SHORT, "--steps", 3, "--out", tmp_path / "runs")
     (folder,) = (tmp_path / "runs").iterdir()
     settings = json.loads((folder / "config.json").read_text())["settings"]
-    assert settings["clip_rewards"]
+    assert algo == "bc" or settings["clip_rewards"]
+    logged = json.loads((folder / "log.jsonl").read_text().splitlines()[-1])["evaluation"][0]
+    capsys.readouterr()
+    command(monkeypatch, "--evaluate", folder / "ckpt.pt")
+    expected = f"{logged['return_mean']:.1f} ± {logged['return_std']:.1f}"
+    assert expected in capsys.readouterr().out
     assert np.isfinite(json.loads((folder / "result.json").read_text())["score"])
 
 
@@ -434,7 +524,10 @@ def test_choices_from_frames(algo, monkeypatch, capsys, tmp_path):
         (["--algo", "sac"], "unknown algo 'sac'"),
         (["--algo", "nfq"], "nfq is not for actions that are numbers; use bc, td3bc, iql, cql"),
         (["--algo", "bc", "--ratio", "2"], "--ratio is 2"),
-        (["--algo", "bc", "--discount", "1.5"], "--discount is 1.5, but must be at most 1"),
+        (["--algo", "iql", "--discount", "1.5"], "--discount is 1.5, but must be at most 1"),
+        (["--algo", "bc", "--tau", "0.1"], "bc has no use for --tau on these numbers"),
+        (["--algo", "td3bc", "--clip-rewards", "--expectile", "0.5"], "no use for --expectile"),
+        (["--algo", "bc", "--env", "reacher2d", "--quality", "expert"], "--quality does not apply"),
         (["--algo", "bc", "--lr", "-1"], "--lr is -1"),
         (["--algo", "bc", "--env", "hoper"], "Did you mean hopper?"),
         (["--evaluate", "nowhere.pt"], "there is no checkpoint nowhere.pt"),
