@@ -98,7 +98,8 @@ def parse_flags(config, prog, description):
             else:
                 options = {"type": kind, "metavar": kind.__name__.upper()}
             default = default.strip('"')
-            help_text = f"{comment} (default {default})".replace("%", "%%")
+            shown = f" (default {default})" if default not in ("", "None") else ""
+            help_text = f"{comment}{shown}".replace("%", "%%")
             flag = "--" + name.replace("_", "-")
             group.add_argument(flag, default=argparse.SUPPRESS, help=help_text, **options)
     typed = vars(parser.parse_args())
