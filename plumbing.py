@@ -143,7 +143,7 @@ def join_processes(device):
     world = int(os.environ.get("WORLD_SIZE", 1))
     if world == 1:
         return 0, 1, device
-    if not os.environ.keys() >= {"RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"}:
+    if not os.environ.keys() >= {"RANK", "MASTER_ADDR", "MASTER_PORT"}:
         raise UserError("WORLD_SIZE is set, but no launcher is at work; use torchrun, or unset it")
     if device.type == "cuda" and int(os.environ["LOCAL_RANK"]) >= torch.cuda.device_count():
         raise UserError(f"more processes than the {torch.cuda.device_count()} CUDA devices here")

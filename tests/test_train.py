@@ -105,7 +105,7 @@ def test_what_was_chosen_is_printed_and_recorded(short_run):
     config = json.loads((folder / "config.json").read_text())
     assert config["settings"]["ratio"] == 0.01
     assert "auto" not in [
-        v for k, v in config["settings"].items() if k not in ("dataset", "corpus")
+        v for k, v in config["settings"].items() if k not in ("dataset", "corpus", "name")
     ]
     for note in config["chosen"].values():
         assert note in printed
@@ -377,7 +377,7 @@ def test_windows_made_ahead_come_in_the_same_order():
 def test_auto_may_be_typed_and_a_random_base_needs_no_weights():
     assert resolve(Config(), {"method": "lamo-random", "lm": "gpt2"})[0]["lm"] == "gpt2"
     settings, _, _ = resolve(Config(), {})
-    assert "auto" not in [v for k, v in settings.items() if k not in ("dataset", "corpus")]
+    assert "auto" not in [v for k, v in settings.items() if k not in ("dataset", "corpus", "name")]
 
 
 @pytest.mark.parametrize("method", ["dt", "lamo-full"])

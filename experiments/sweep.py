@@ -1,0 +1,379 @@
+"""Many runs from one command: a study of the paper's, or any grid.
+
+    python -m experiments.sweep table3                       # the paper's table, all seeds
+    python -m experiments.sweep --env hopper,walker2d --method lamo,dt --ratio 0.01,0.1 --seed 0,1,2
+    python -m experiments.sweep bundled --workers 2          # what the README reports, on a CPU
+    python -m experiments.sweep table3 --cluster slurm --partition gpu
+
+Every run is a process of train.py or experiments/baselines.py with a folder of its own in --out,
+named after its place in the grid. So the same command goes on where it was stopped: finished runs
+are skipped, interrupted ones resumed (baselines, which cannot be, begin anew), failed ones are told
+at the end with their output's last lines, while the others go on.
+"""
+
+import fcntl
+import json
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from contextlib import contextmanager
+from itertools import product
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+import settings
+from experiments import baselines
+from plumbing import Parser, UserError, check_writable, choose, run_command, write_json
+from tasks import find_task
+
+ROOT = Path(__file__).resolve().parent.parent
+ALGORITHMS = ("bc", "td3bc", "iql", "cql", "bcq", "nfq")  # the others are train.py's methods
+PROBE_STEPS = 20  # of a run that only measures how long a step takes
+POLL_SECONDS = 1.0  # between looks at the runs' logs
+
+SEEDS = (0, 1, 2)
+PAPER_METHODS = ("lamo", "dt", "wiki-rl", "cql", "iql", "td3bc", "bc")  # tables 1 and 3
+ATARI_METHODS = ("lamo", "dt", "wiki-rl", "cql", "bcq", "nfq", "bc")  # table 2
+ABLATIONS = ("lamo", "lamo-nolm", "lamo-linear", "lamo-freeze", "lamo-full", "lamo-random", "dt")
+QUALITIES = ("mini", "assets/mini-lm-early.safetensors", "assets/mini-lm-random-corpus.safetensors")
+
+
+def grid(env, method, ratio=(1.0,), seed=SEEDS, lm=("auto",)):
+    """Every combination, as dictionaries; seeds outermost, so that each is a whole study."""
+    names = ("seed", "env", "ratio", "method", "lm")
+    return [dict(zip(names, row, strict=True)) for row in product(seed, env, ratio, method, lm)]
+
+
+STUDIES = {  # the paper's tables by their numbers in it, and what the README reports
+    "table1": [
+        *grid(["kitchen-partial"], PAPER_METHODS, (0.01, 0.1, 1.0)),
+        *grid(["kitchen-complete"], PAPER_METHODS, (0.3, 0.5, 1.0)),
+        *grid(["reacher2d"], PAPER_METHODS, (0.1, 0.3, 1.0)),
+    ],
+    "table2": grid(["breakout", "qbert", "pong"], ATARI_METHODS, (0.1, 1.0)),
+    "table3": grid(["hopper", "halfcheetah", "walker2d"], PAPER_METHODS, (0.005, 0.01, 0.1, 1.0)),
+    "ratios": grid(["hopper"], ("lamo", "lamo-random", "dt"), (0.005, 0.01, 0.05, 0.1)),
+    "ablations": [
+        *grid(["hopper"], ABLATIONS, (0.01,)),
+        *grid(["reacher2d"], ABLATIONS),
+    ],
+    "bundled": [  # on what comes with the project; "ratios" wants a full recording first
+        *grid(["hopper"], tuple(settings.METHODS), (0.01,)),
+        *grid(["reacher2d"], tuple(settings.METHODS)),
+        *grid(["hopper"], ("bc", "td3bc", "iql", "cql"), (0.01,)),
+        *grid(["reacher2d"], ("bc", "td3bc", "iql", "cql")),
+        *grid(["hopper"], ("lamo",), (0.01,), lm=QUALITIES[1:]),
+        *grid(["reacher2d"], ("lamo",), lm=QUALITIES[1:]),
+        *grid(["walker2d", "halfcheetah"], ("lamo", "lamo-random", "dt", "bc"), (0.01,)),
+    ],
+}
+
+
+# --- a run ---------------------------------------------------------------------------------------
+
+
+def name_of(run):
+    """The run's folder in --out: its place in the grid."""
+    parts = [run["env"], run["method"], f"{run['ratio']:g}"]
+    if run["lm"] != "auto":
+        parts.append(Path(run["lm"]).stem)
+    return "-".join([*parts, f"s{run['seed']}"]).replace("/", "-")
+
+
+def command_of(run, out, flags):
+    """The process of a run that begins: a list of words."""
+    if run["method"] in ALGORITHMS:
+        command = ["-m", "experiments.baselines", "--algo", run["method"]]
+    else:
+        command = ["train.py", "--method", run["method"]]
+    command += ["--env", run["env"], "--ratio", f"{run['ratio']:g}", "--seed", str(run["seed"])]
+    if run["lm"] != "auto":
+        command += ["--lm", run["lm"]]
+    return [sys.executable, *command, "--out", str(Path(out).absolute()), *flags]
+
+
+def state_of(folder):
+    """What has become of a run: "finished", "interrupted" or "new"."""
+    if (folder / "result.json").is_file():
+        return "finished"
+    return "interrupted" if folder.exists() else "new"
+
+
+def begin_or_go_on(run, out, flags):
+    """The process that brings a run to its end, whatever has become of it so far."""
+    folder = Path(out) / name_of(run)
+    if state_of(folder) == "interrupted":
+        if run["method"] not in ALGORITHMS and (folder / "config.json").is_file():
+            return [sys.executable, "train.py", "--resume", str(folder.absolute())]
+        shutil.rmtree(folder)  # a baseline's, or one that had not really begun
+    return [*command_of(run, out, flags), "--name", name_of(run)]
+
+
+def carry_out(run, out, flags, threads):
+    """Run it in a process, its output in out/logs. Returns the exit code."""
+    log = Path(out) / "logs" / f"{name_of(run)}.txt"
+    log.parent.mkdir(parents=True, exist_ok=True)
+    environment = {"OMP_NUM_THREADS": str(threads)} | dict(os.environ)
+    with open(log, "w") as file:
+        return subprocess.run(
+            begin_or_go_on(run, out, flags),
+            cwd=ROOT,
+            env=environment,
+            stdout=file,
+            stderr=subprocess.STDOUT,
+        ).returncode
+
+
+def last_lines(run, out, n=3):
+    """The end of a run's output, without its bars."""
+    log = Path(out) / "logs" / f"{name_of(run)}.txt"
+    text = log.read_text(errors="replace") if log.is_file() else ""
+    lines = [line for line in text.replace("\r", "\n").splitlines() if line.strip()]
+    return [line for line in lines if "it/s" not in line and "s/it" not in line][-n:]
+
+
+def progress_of(run, out):
+    """(steps done, steps in all, seconds a step) by a run's own files; zeros if it has none yet."""
+    folder = Path(out) / name_of(run)
+    try:
+        steps = json.loads((folder / "config.json").read_text())["settings"]["steps"]
+        rows = (folder / "log.jsonl").read_text().splitlines()
+    except (OSError, ValueError, KeyError):
+        return 0, 0, 0.0
+    for line in reversed(rows):
+        try:
+            row = json.loads(line)
+        except ValueError:  # it is being written
+            continue
+        if "seconds" in row:
+            return row["step"], steps, row["seconds"] / row["step"]
+    return 0, steps, 0.0
+
+
+# --- how long it will take -----------------------------------------------------------------------
+
+
+def seconds_a_step(run, out, flags, threads):
+    """Measured on this machine by a run of PROBE_STEPS steps, kept in out/probes.json.
+
+    Returns None, and says why, where such a run fails: so would the real one.
+    """
+    kept = Path(out) / "probes.json"
+    known = json.loads(kept.read_text()) if kept.is_file() else {}
+    key = f"{run['env']} {run['method']} {run['lm']} {' '.join(flags)} {threads} threads"
+    if key not in known:
+        with tempfile.TemporaryDirectory() as aside:
+            probe = ["--steps", PROBE_STEPS, "--eval-every", PROBE_STEPS, "--episodes", 1]
+            probe += ["--episode-limit", 1, "--log-every", PROBE_STEPS]
+            probe += ["--name", name_of(run)]
+            command = command_of(run, aside, [*flags, *map(str, probe)])
+            environment = {"OMP_NUM_THREADS": str(threads)} | dict(os.environ)
+            done = subprocess.run(
+                command, cwd=ROOT, env=environment, capture_output=True, text=True
+            )
+            if done.returncode:
+                why = done.stderr.strip().splitlines()[-1:] or ["no word"]
+                print(f"{name_of(run)} will fail: {why[0]}")
+                return None
+            _, _, known[key] = progress_of(run, aside)
+        write_json(kept, known)
+    return known[key]
+
+
+def steps_of(run, flags):
+    """How many steps a run will take: as typed, or the preset's."""
+    if "--steps" in flags[:-1]:
+        return int(flags[flags.index("--steps") + 1])
+    presets = baselines if run["method"] in ALGORITHMS else settings
+    return (presets.PAPER if torch.cuda.is_available() else presets.SHORT)["steps"]
+
+
+def estimate(runs, out, flags, workers, threads):
+    """Print the runs and, from measured step times, how long they will take together."""
+    total = 0.0
+    for run in runs:
+        folder = Path(out) / name_of(run)
+        done, steps, seconds = progress_of(run, out)
+        if not seconds:
+            seconds = seconds_a_step(run, out, flags, threads)
+            steps = steps or steps_of(run, flags)
+        left = (steps - done) * (seconds or 0.0)
+        total += left
+        print(
+            f"{state_of(folder):12} {name_of(run):45} {steps - done:7} steps {left / 60:6.1f} min"
+        )
+    hours = total / workers / 3600
+    print(f"{len(runs)} runs, {workers} at a time: about {hours:.1f} h without evaluations")
+
+
+# --- running them --------------------------------------------------------------------------------
+
+
+def run_locally(runs, out, flags, workers, threads):
+    """Carry out runs, `workers` at a time, with one bar. Returns those that failed."""
+    waiting, failed, lock = list(reversed(runs)), [], threading.Lock()
+
+    def work():
+        while True:
+            with lock:
+                if not waiting:
+                    return
+                run = waiting.pop()
+            if carry_out(run, out, flags, threads):
+                failed.append(run)
+                bar.write(f"failed: {name_of(run)}; the others go on")
+
+    pool = [threading.Thread(target=work, daemon=True) for _ in range(workers)]
+    form = "{l_bar}{bar}| {n:.2f}/{total} runs [{elapsed}<{remaining}]"
+    with tqdm(total=len(runs), desc="sweep", bar_format=form) as bar:
+        for thread in pool:
+            thread.start()
+        while any(thread.is_alive() for thread in pool):
+            time.sleep(POLL_SECONDS)
+            done = 0.0
+            for run in runs:
+                if state_of(Path(out) / name_of(run)) == "finished" or run in failed:
+                    done += 1
+                else:
+                    step, steps, _ = progress_of(run, out)
+                    done += step / steps if steps else 0
+            bar.n = round(done, 2)
+            bar.refresh()
+    return failed
+
+
+def run_on_cluster(runs, out, flags, arguments):
+    """Hand runs to a cluster through submitit, and wait for them. Returns those that failed."""
+    try:
+        import submitit
+    except ImportError as error:
+        raise UserError("--cluster needs a package: pip install submitit") from error
+    executor = submitit.AutoExecutor(folder=Path(out) / "submitit", cluster=arguments.cluster)
+    executor.update_parameters(timeout_min=arguments.minutes, cpus_per_task=arguments.threads)
+    if arguments.cluster == "slurm":
+        executor.update_parameters(
+            gpus_per_node=arguments.gpus,
+            slurm_partition=arguments.partition,
+            slurm_array_parallelism=arguments.workers,
+        )
+    with executor.batch():
+        jobs = [executor.submit(carry_out, run, out, flags, arguments.threads) for run in runs]
+    failed = []
+    for run, job in tqdm(list(zip(runs, jobs, strict=True)), desc="runs", unit="run"):
+        try:
+            code = job.result()
+        except Exception as error:  # a job that was killed, or never ran
+            print(f"{name_of(run)}: {error}", file=sys.stderr)
+            code = 1
+        if code:
+            failed.append(run)
+    return failed
+
+
+# --- the command ---------------------------------------------------------------------------------
+
+
+def listed(kind):
+    """A flag's values between commas: "1,2" -> (1, 2)."""
+
+    def parse(text):
+        return tuple(kind(part) for part in text.split(",") if part)
+
+    parse.__name__ = f"{kind.__name__},{kind.__name__},.."  # how argparse names it in errors
+    return parse
+
+
+def runs_of(arguments):
+    """The runs that were asked for, each once. Raises UserError for what is no study or grid."""
+    asked = {name: getattr(arguments, name) for name in ("env", "method", "ratio", "seed", "lm")}
+    asked = {name: value for name, value in asked.items() if value is not None}
+    if arguments.study:
+        runs = STUDIES[choose("study", arguments.study, STUDIES)]
+        for name, values in asked.items():  # a part of a study
+            runs = [run for run in runs if run[name] in values]
+    elif "env" in asked:
+        runs = grid(**({"method": ("lamo",)} | asked))
+    else:
+        studies = ", ".join(STUDIES)
+        raise UserError(f"nothing to do: name a study ({studies}), or a grid: --env NAME,NAME ..")
+    for run in runs:
+        find_task(run["env"])
+        choose("method", run["method"], [*settings.METHODS, *ALGORITHMS])
+        if not 0 < run["ratio"] <= 1:
+            raise UserError(f"--ratio has {run['ratio']:g}, but must be above 0 and at most 1")
+    runs = list({name_of(run): run for run in runs}.values())
+    if not runs:
+        raise UserError(f"no run of {arguments.study} is left by these flags")
+    return runs
+
+
+@contextmanager
+def held(out):
+    """Within this, no other sweep works in --out. Raises UserError if one does already."""
+    with open(Path(out) / ".sweep.lock", "w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise UserError(f"another sweep is at work in {out}; give another --out") from error
+        yield
+
+
+def sweep(runs, out, flags, arguments):
+    """List runs, carry out those that are not finished, and say how they went."""
+    finished = [run for run in runs if state_of(Path(out) / name_of(run)) == "finished"]
+    runs = [run for run in runs if run not in finished]
+    print(f"{len(finished)} runs are finished already")
+    estimate(runs, out, flags, arguments.workers, arguments.threads)
+    if arguments.dry_run or not runs:
+        return
+    if arguments.cluster:
+        failed = run_on_cluster(runs, out, flags, arguments)
+    else:
+        failed = run_locally(runs, out, flags, arguments.workers, arguments.threads)
+    for run in failed:
+        print(f"failed: {name_of(run)}", *last_lines(run, out), sep="\n    ")
+    print(f"{len(runs) - len(failed)} of {len(runs)} runs finished")
+    if failed:
+        raise SystemExit(1)
+
+
+def main():
+    parser = Parser(prog="python -m experiments.sweep", description=__doc__)
+    add = parser.add_argument
+    add("study", nargs="?", help=f"one of {', '.join(STUDIES)}; the next five flags take a part")
+    add("--env", type=listed(str), help="tasks, between commas")
+    add("--method", type=listed(str), help="methods of train.py, and bc, td3bc, iql, cql, bcq, nfq")
+    add("--ratio", type=listed(float), help="shares of the dataset (default: 1)")
+    add("--seed", type=listed(int), help="seeds (default: 0,1,2)")
+    add("--lm", type=listed(str), help="language models, or weights' paths")
+    add("--flags", default="", help='more flags for each run, in quotes: --flags "--steps 500"')
+    add("--out", default="runs", help="where the runs' folders are (default: runs)")
+    add("--workers", type=int, default=1, help="runs at a time (default: 1)")
+    add("--threads", type=int, help="CPU threads of a run (default: the cores, shared out)")
+    add("--dry-run", action="store_true", help="list the runs and how long they take, no more")
+    add("--cluster", help="slurm; or local, which is submitit without a cluster")
+    add("--partition", help="SLURM's")
+    add("--gpus", type=int, default=1, help="of a run on SLURM (default: 1)")
+    add("--minutes", type=int, default=24 * 60, help="a run's limit there (default: a day)")
+    arguments = parser.parse_args()
+    if arguments.cluster:
+        choose("cluster", arguments.cluster, ("slurm", "local"))
+    if arguments.workers < 1:
+        raise UserError(f"--workers is {arguments.workers}, but must be at least 1")
+    arguments.threads = arguments.threads or max(1, (os.cpu_count() or 1) // arguments.workers)
+    runs, out, flags = runs_of(arguments), arguments.out, shlex.split(arguments.flags)
+    check_writable(out, "--out")
+    Path(out).mkdir(parents=True, exist_ok=True)
+    with held(out):
+        sweep(runs, out, flags, arguments)
+
+
+if __name__ == "__main__":
+    run_command(main)
