@@ -377,7 +377,7 @@ def test_experiments_refuse(error_of, monkeypatch):
     assert os.environ["MINARI_DATASETS_PATH"] == before
     assert "--text is missing" in error_of(pretrain.main)
     text = ["--text", "a.txt", "--heldout", "b.txt", "--out", "x.safetensors"]
-    assert "cannot read the text a.txt" in error_of(pretrain.main, *text)
+    assert "/a.txt: No such file or directory" in error_of(pretrain.main, *text)
     assert "unknown size 'gpt3'" in error_of(pretrain.main, *text, "--size", "gpt3")
     assert "there is no x.state.pt" in error_of(pretrain.main, "--resume", "x.state.pt")
     both = ["--resume", "x.state.pt", "--lr", "1"]
