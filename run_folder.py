@@ -134,6 +134,9 @@ def continue_run(path, begun, saved, data, base, world):
         if log.stat().st_size < length:
             raise UserError(f"{log} is shorter than it was; the run cannot go on from it")
         os.truncate(log, length)
+    for name in ("config.json", "ckpt.pt", "best.pt", RESUME, "result.json"):
+        for unfinished in folder.glob(f".{name}.*"):  # a kill interrupted the writing of it
+            unfinished.unlink()
     print(f"going on with {folder} after step {saved['step'] if saved else 0}", flush=True)
     return folder
 

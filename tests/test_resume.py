@@ -85,6 +85,7 @@ def stop_a_run(monkeypatch, out, name, at):
 def test_a_stopped_run_ends_as_a_whole_one(where, whole, tmp_path, monkeypatch):
     stop_a_run(monkeypatch, tmp_path, *STOPS[where])
     assert not (tmp_path / "run" / "result.json").exists()
+    (tmp_path / "run" / ".ckpt.pt.a1b2c3d4").write_bytes(b"half a checkpoint")  # by a kill
     command(monkeypatch, "--resume", tmp_path / "run")
     assert_same(tmp_path / "run", whole)
     with pytest.raises(UserError, match="is finished; its score is in"):
