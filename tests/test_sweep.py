@@ -54,7 +54,7 @@ def test_finished_runs_are_skipped_interrupted_ones_resumed_failed_ones_told(
     (cut / "result.json").unlink()
     assert state_of(cut) == "interrupted"
     capsys.readouterr()
-    # iql cannot work without --batch numbers; the flag below is not one it has
+    # baselines learn no text, so the flag below is one that bc does not have
     bad = ["--method", "dt,lamo-freeze,bc", "--flags", SHORT + " --lm-length 64"]
     with pytest.raises(SystemExit) as ended:
         command(monkeypatch, "--out", tmp_path, "--threads", 1, *HOPPER, *bad)
