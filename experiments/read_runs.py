@@ -1,0 +1,222 @@
+"""Run folders as report.py counts them: read, checked, named, and gathered into cells.
+
+A run's score is computed anew from its log, by the protocol of run_folder.final_result. What cannot
+be counted is left out, and what is odd is remarked on, each in one line.
+"""
+
+import json
+import math
+import re
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from plumbing import UserError
+from run_folder import final_result
+
+# settings that may differ between runs whose mean is taken
+FREE = ("seed", "device", "compile", "log_every", "out", "name", "resume", "tensorboard", "wandb")
+PLACE = ("env", "method", "algo", "ratio", "mode", "dataset", "quality")  # what a table shows
+NOT_RUNS = ("logs", "submitit")  # sweep.py's own folders beside the runs
+
+
+# --- reading -------------------------------------------------------------------------------------
+
+
+@dataclass
+class Run:
+    folder: Path
+    row: tuple  # (task, ratio, mode, dataset)
+    method: str
+    seed: int
+    settings: dict  # what the mean over seeds must not mix
+    score: float
+    best_single: float  # of all evaluations
+    data_score: float  # the dataset's own mean return, as a score
+    plain: bool  # scores are plain returns: the task has no reference returns
+    lm: str
+    curve: list  # (step, score of the target that scored), one per evaluation
+    language: list  # (step, language loss), one per row of the log that has one
+    steps: int
+    name: str = ""  # the method, and what sets this run apart from most others of it
+
+
+@dataclass
+class Cell:
+    """The runs of one row and name, a seed each."""
+
+    runs: list
+
+    @property
+    def scores(self):
+        return np.array([run.score for run in self.runs])
+
+    @property
+    def seeds(self):
+        return [run.seed for run in self.runs]
+
+
+def read_log(path, remarks):
+    """The rows of a log.jsonl; lines that are not whole are remarked on and left out."""
+    rows, damaged = [], []
+    for number, line in enumerate(path.read_text(errors="replace").splitlines(), 1):
+        try:
+            row = json.loads(line)
+            row["step"] = int(row["step"])
+            rows.append(row)
+        except (ValueError, KeyError, TypeError):
+            damaged.append(str(number))
+    if damaged:
+        lines = "line" if len(damaged) == 1 else "lines"
+        remarks.append(f"{path}: {lines} {', '.join(damaged)} cannot be read")
+    return rows
+
+
+def read_run(folder, remarks):
+    """The Run of a folder. Raises UserError for what cannot be counted, saying why."""
+    try:
+        config = json.loads((folder / "config.json").read_text())
+        settings, steps = config["settings"], config["settings"]["steps"]
+        every = settings["eval_every"]
+        lm = config["base"]["lm"] if config["base"] else "none"
+        if settings.get("pretrained"):  # random weights differ with the seed, as they should
+            settings["weights"] = config["base"]["sha256"]
+        dataset = re.split(r",| in ", config["chosen"]["dataset"])[0]
+        plain = "plain returns" in config["chosen"]["environment"]
+        run = dict(
+            folder=folder,
+            row=(settings["env"], settings["ratio"], settings["mode"], dataset),
+            method=settings.get("algo") or settings["method"],
+            seed=settings["seed"],
+            settings={k: v for k, v in settings.items() if k not in FREE + PLACE},
+            data_score=config["data"]["score"],
+            plain=plain,
+            lm=lm,
+            steps=steps,
+        )
+        expected = {*range(every, steps + 1, every), steps}
+    except OSError as error:
+        raise UserError(f"{folder}: no run, for it has no config.json") from error
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{folder}: config.json is not of this project, or damaged") from error
+    if not (folder / "log.jsonl").is_file():
+        raise UserError(f"{folder}: left out, for it has no log.jsonl")
+    log = read_log(folder / "log.jsonl", remarks)
+    if not (folder / "result.json").is_file():
+        last = max((row["step"] for row in log), default=0)
+        raise UserError(f"{folder}: left out, for it is not finished (step {last} of {steps})")
+    evaluations = [
+        {"step": row["step"], "results": row["evaluation"]} for row in log if "evaluation" in row
+    ]
+    missing = sorted(expected - {e["step"] for e in evaluations})
+    if missing:
+        where = ", ".join(map(str, missing))
+        raise UserError(f"{folder}: left out, for its log lacks the evaluation at step {where}")
+    try:
+        bad = [e["step"] for e in evaluations for r in e["results"] if not is_number(r["score"])]
+        if bad:
+            raise UserError(f"{folder}: left out, for its score at step {bad[0]} is not a number")
+        result = final_result(evaluations, steps)
+        best = [t["target"] for t in result["targets"]].index(result["target"])
+        curve = [(e["step"], e["results"][best]["score"]) for e in evaluations]
+        language = [(r["step"], r["lm_loss"]) for r in log if r.get("lm_loss") is not None]
+        written = json.loads((folder / "result.json").read_text())["score"]
+    except (ValueError, KeyError, TypeError, IndexError) as error:
+        raise UserError(f"{folder}: left out, for its log or result is damaged") from error
+    if not math.isclose(written, result["score"], abs_tol=1e-6):
+        what = f"result.json says {written:.2f}, its log {result['score']:.2f}, which counts"
+        remarks.append(f"{folder}: {what}")
+    return Run(
+        **run,
+        score=result["score"],
+        best_single=result["best_single_evaluation"],
+        curve=curve,
+        language=language,
+    )
+
+
+def is_number(x):
+    return isinstance(x, int | float) and math.isfinite(x)
+
+
+def read_runs(folders):
+    """(Runs, remarks) of folders that hold run folders, or are some. Raises UserError for none."""
+    runs, remarks = [], []
+    for top in map(Path, folders):
+        if not top.is_dir():
+            raise UserError(f"{top} is not a folder; give the one that train.py's --out names")
+        inner = [top] if (top / "config.json").is_file() else sorted(top.iterdir())
+        found = [p for p in inner if p.is_dir() and p.name not in NOT_RUNS]
+        if not found:
+            remarks.append(f"{top}: no run in it")
+        for folder in found:
+            try:
+                runs.append(read_run(folder, remarks))
+            except UserError as error:
+                remarks.append(str(error))
+    return runs, remarks
+
+
+# --- from runs to cells --------------------------------------------------------------------------
+
+
+def name_runs(runs):
+    """Give each run its name: the method, and what sets it apart from most others of that method.
+
+    Runs of other settings than the rest (steps, language model, ..) thus get a column of their own
+    and are never averaged with them. Most: whose values are the commonest in all runs.
+    """
+    values = Counter((k, json.dumps(v)) for run in runs for k, v in run.settings.items())
+    for place in {(run.row, run.method) for run in runs}:
+        same = [run for run in runs if (run.row, run.method) == place]
+        keys = sorted(set.intersection(*(set(run.settings) for run in same)))
+        usual = max(same, key=lambda run: sum(values[k, json.dumps(run.settings[k])] for k in keys))
+        for run in same:
+            other = [k for k in keys if run.settings[k] != usual.settings[k]]
+            if "lm" in other and "weights" in other:
+                other.remove("weights")  # the name says as much
+            parts = [written(k, run.settings[k]) for k in other]
+            run.name = ", ".join([run.method, *parts])
+
+
+def written(name, value):
+    """A setting as a column's name has it."""
+    if name == "lm":
+        return Path(value).stem
+    if name == "weights":
+        return f"weights {value[:8]}"
+    value = " ".join(map(str, value)) if isinstance(value, list) else value
+    return f"{name} {value}"
+
+
+def make_cells(runs, remarks):
+    """{(row, name): Cell}; remarks on runs that are there twice and on seeds that are missing."""
+    name_runs(runs)
+    cells = {}
+    for run in runs:
+        cell = cells.setdefault((run.row, run.name), Cell([]))
+        twin = next((other for other in cell.runs if other.seed == run.seed), None)
+        if twin:
+            remarks.append(f"{run.folder}: the same run as {twin.folder}, which is counted")
+        else:
+            cell.runs.append(run)
+    for (row, name), cell in cells.items():
+        cell.runs.sort(key=lambda run: run.seed)
+        seeds = {seed for (r, _), other in cells.items() if r == row for seed in other.seeds}
+        if missing := sorted(seeds - set(cell.seeds)):
+            lacking = ", ".join(map(str, missing))
+            where = f"{title(row)} ({row[3]}), {name}"
+            remarks.append(f"{where}: no seed {lacking}, so its mean is over {len(cell.runs)}")
+    return cells
+
+
+def rows_of(cells):
+    return sorted({row for row, _ in cells}, key=lambda row: (row[0], row[3], -row[1]))
+
+
+def title(row):
+    """A row of the tables in words."""
+    task, ratio, mode, _ = row
+    return f"{task} {100 * ratio:g} %" + (f" {mode}" if mode != "normal" else "")
