@@ -2,6 +2,7 @@
 
     python evaluate.py runs/<run>/ckpt.pt                       # a table per target return
     python evaluate.py runs/<run>/ckpt.pt --prompt "Hello, my name is Tom."
+    python evaluate.py runs/<run>/ckpt.pt --video out.mp4       # or --gif, or --attention out.png
 
 All targets x all episodes act together as one batch. Every episode is at the same time step, so the
 windows need no padding. An episode that has ended is no longer shown to the model nor counted.
@@ -10,7 +11,7 @@ windows need no padding. An episode that has ended is no longer shown to the mod
 import json
 from collections import deque
 from contextlib import nullcontext
-from dataclasses import asdict, replace
+from functools import partial
 from itertools import count
 from pathlib import Path
 
@@ -18,11 +19,10 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from embeddings import ZERO
-from load_gpt2 import TEXT_TOKENS, find_config, fingerprint, load_gpt2, talk
-from lora import inject_lora, mark_trainable, merged, round_frozen
-from model import GPT, LaMo
-from plumbing import Parser, UserError, check_numbers, choose_device, first_line, run_command
+from checkpoint import build_model, load_model, read_checkpoint
+from load_gpt2 import TEXT_TOKENS, talk
+from lora import merged, round_frozen
+from plumbing import Parser, UserError, check_numbers, choose_device, run_command
 from run_folder import written
 from spaces import (
     action_size,
@@ -34,15 +34,11 @@ from spaces import (
     observation_shape,
     shrink,
 )
-from tasks import make_vector_env, normalised_score, unpack
+from tasks import make_vector_env, normalised_score
 from text import find_text, get_encoding, tokenise
+from watch import Gif, Mp4, film, map_attention
 from windows import STACK
 
-FORMAT = "lamo-checkpoint-2"  # what ckpt["format"] says; a change of layout changes it
-READERS = {  # of each format, the command that lets its checkpoints act
-    FORMAT: "python evaluate.py",
-    "lamo-baseline-1": "python -m experiments.baselines --evaluate",
-}
 SEED = 1_000_000  # the first episode's environment seed, far from those data is recorded with
 
 
@@ -50,7 +46,18 @@ SEED = 1_000_000  # the first episode's environment seed, far from those data is
 
 
 @torch.no_grad()
-def rollout(model, environment, settings, stats, targets, episodes, seed=SEED, progress=False):
+def rollout(
+    model,
+    environment,
+    settings,
+    stats,
+    targets,
+    episodes,
+    seed=SEED,
+    progress=False,
+    watch=None,
+    render_mode=None,
+):
     """Let a model act in `episodes` episodes for each target return, all in one batch.
 
     model: LaMo, or what has its observe, remember and act; environment: a tasks.Environment;
@@ -59,6 +66,9 @@ def rollout(model, environment, settings, stats, targets, episodes, seed=SEED, p
     for a model that is told none; episode i starts from environment seed `seed + i` under every
     target. Numbers are acted on as predicted, and a choice is drawn from the predicted
     probabilities, as in Decision Transformer's code for Atari.
+    watch: None, or watch.Film or watch.LastContext: called after the reset and after every step
+    with the environments (which draw as render_mode says), which episodes (n,) acted and which go
+    on, their returns so far (n,) and the tokens of the last K steps.
     Returns a list with a dictionary for each target: target, returns and lengths (one per episode),
     their summary (see `summarise`), and cut, how many episodes episode_limit stopped before their
     end: their returns are not whole.
@@ -67,7 +77,7 @@ def rollout(model, environment, settings, stats, targets, episodes, seed=SEED, p
     device = obs_mean.device
     space, action_space = environment.observation_space, environment.action_space
     n = len(targets) * episodes
-    envs = make_vector_env(environment, n)
+    envs = make_vector_env(environment, n, render_mode)
     limits = [settings["episode_limit"], environment.spec.max_episode_steps]
     T = min((limit for limit in limits if limit), default=None)  # None: the game itself ends
     K, scale = settings["context"], settings["scale"]
@@ -75,7 +85,7 @@ def rollout(model, environment, settings, stats, targets, episodes, seed=SEED, p
     choice = is_choice(action_space)
     draws = torch.Generator(device).manual_seed(seed)
 
-    tokens = deque(maxlen=2 * K - 1)  # of the last K steps: (n, 2, C), (n, 1, C), .. (n, 2, C)
+    tokens = deque(maxlen=2 * K)  # of the last K steps: (n, 2, C), (n, 1, C), .. (n, 1, C)
     pictures = deque(maxlen=STACK)  # (n, 84, 84) each; before the first one it was dark
     if frames:
         black = torch.zeros(n, *observation_shape(space), dtype=torch.uint8, device=device)
@@ -91,6 +101,8 @@ def rollout(model, environment, settings, stats, targets, episodes, seed=SEED, p
     training = model.training
     model.eval()
     observation, _ = envs.reset(seed=[seed + i for _ in targets for i in range(episodes)])
+    if watch is not None:
+        watch(envs, alive, alive, returns, tokens)
     bar = tqdm(total=T, desc="evaluating", leave=False, disable=not progress)
     autocast = torch.autocast(device.type, torch.bfloat16, settings["dtype"] == "bf16")
     # merged into bf16, small updates would be lost: another policy would act than was trained
@@ -107,7 +119,8 @@ def rollout(model, environment, settings, stats, targets, episodes, seed=SEED, p
             timestep = torch.full((n, 1), t, device=device)
             with autocast:
                 tokens.append(model.observe(to_go[:, None, None], obs, timestep)[:, 0])
-                predicted = model.act(torch.cat(tuple(tokens), dim=1)[rows]).float()
+                context = torch.cat(tuple(tokens)[1 - 2 * K :], dim=1)  # (n, up to 3K - 1, C)
+                predicted = model.act(context[rows]).float()
             if choice:
                 predicted = torch.multinomial(predicted.softmax(-1), 1, generator=draws)[:, 0]
             actions[alive] = decode_actions(action_space, predicted.cpu().numpy())
@@ -119,7 +132,9 @@ def rollout(model, environment, settings, stats, targets, episodes, seed=SEED, p
             lengths[alive] += 1
             if not delayed:
                 to_go = to_go - torch.as_tensor(reward / scale, dtype=torch.float32, device=device)
-            alive &= ~(terminated | truncated)
+            acted, alive = alive, alive & ~(terminated | truncated)
+            if watch is not None:
+                watch(envs, acted, alive, returns, tokens)
             bar.update()
             if not alive.any() or t + 1 == T:
                 break
@@ -160,124 +175,13 @@ def print_table(results):
     print(f"best: target {written(best['target'])}, score {best['score']:.1f}")
 
 
-# --- from a checkpoint to a model ----------------------------------------------------------------
-
-
-def build_model(settings, environment):
-    """The model that training starts from: on the CPU, in fp32, its trainable tensors marked.
-
-    environment: a tasks.Environment, for the shapes; settings: the fields of train.Config as a
-    dictionary; of them lm, pretrained, train, embed, max_ep_len, dropout, lora_*, lm_coef and seed
-    are read. Returns (LaMo, base), where base names
-    the language model underneath: {"lm", "sha256", "config"}. Raises UserError as load_gpt2 does.
-    """
-    torch.manual_seed(settings["seed"])  # random weights are part of what a seed fixes
-    if settings["pretrained"]:
-        gpt = load_gpt2(settings["lm"], settings["dropout"])
-        lm = settings["lm"]
-    else:
-        gpt = GPT(replace(find_config(settings["lm"]), dropout=settings["dropout"]))
-        lm = f"random weights in the shape of {settings['lm']}"
-    base = {"lm": lm, "sha256": fingerprint(gpt), "config": asdict(gpt.config)}
-    torch.manual_seed(settings["seed"])  # so that the new parts do not depend on the base
-    obs_shape = observation_shape(environment.observation_space)
-    n_act, discrete = action_size(environment.action_space), is_choice(environment.action_space)
-    if settings["embed"] == "tokens" and gpt.config.vocab_size not in ZERO:
-        known = " or ".join(map(str, ZERO))
-        why = f"--embed tokens knows the digits of vocabularies of {known} words only"
-        raise UserError(f"{why}; use --embed mlp")
-    model = LaMo(gpt, obs_shape, n_act, discrete, settings["embed"], settings["max_ep_len"])
-    if settings["train"] == "lora":
-        rank, alpha = settings["lora_rank"], settings["lora_alpha"]
-        inject_lora(gpt, rank, alpha, settings["lora_dropout"])
-    mark_trainable(model, settings["train"], language=settings["lm_coef"] > 0)
-    return model, base
-
-
-def checkpoint_names(model, train):
-    """Names of the parameters a checkpoint holds: those trained, and no frozen base.
-
-    With train "all" it is every one, wte and wpe too, so that such a checkpoint needs no base.
-    """
-    return {n for n, p in model.named_parameters() if p.requires_grad or train == "all"}
-
-
-def trained_state(model, train):
-    """The tensors of a checkpoint, on the CPU."""
-    names = checkpoint_names(model, train)
-    return {n: p.detach().cpu().clone() for n, p in model.named_parameters() if n in names}
-
-
-def read_checkpoint(path, expected=FORMAT):
-    """A checkpoint's dictionary, checked. Raises UserError for what is not of the expected format.
-
-    expected: FORMAT, train.py's, or that of experiments/baselines.py.
-    """
-    if Path(path).is_dir():
-        raise UserError(f"{path} is a folder; give the ckpt.pt or best.pt in it")
-    try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError as error:
-        raise UserError(f"there is no checkpoint {path}; train.py prints where it is") from error
-    except Exception as error:  # truncated zip, pickled code, a folder: torch.load has many kinds
-        raise UserError(f"{path} is no readable checkpoint: damaged, or not train.py's") from error
-    found = checkpoint.get("format") if isinstance(checkpoint, dict) else None
-    if found != expected:
-        reader = READERS.get(str(found))
-        hint = f", but {found}'s: {reader} {path}" if reader else ""
-        raise UserError(f"{path} is not a checkpoint of this project's ({expected}){hint}")
-    kinds = {"settings": dict, "chosen": dict, "base": dict, "model": dict, "step": int}
-    kinds |= {"environment": dict, "obs_mean": torch.Tensor, "obs_std": torch.Tensor}
-    wrong = [k for k, kind in kinds.items() if not isinstance(checkpoint.get(k), kind)]
-    if not wrong:
-        wrong = [name for name, t in checkpoint["model"].items() if not torch.is_tensor(t)]
-    if wrong or checkpoint["obs_mean"].shape != checkpoint["obs_std"].shape:
-        raise UserError(f"{path} lacks {', '.join(wrong) or 'obs_std'} as it should be: damaged")
-    try:
-        checkpoint["environment"] = unpack(checkpoint["environment"])
-    except Exception as error:  # of JSON, gymnasium and Minari
-        raise UserError(f"{path} describes no environment: {first_line(error)}") from error
-    return checkpoint
-
-
-def load_model(path, checkpoint):
-    """The LaMo of a checkpoint (from read_checkpoint), on the CPU.
-
-    Raises UserError if its tensors do not fit, or if the language model underneath is not to be
-    had or is not the same one.
-    """
-    settings, train = checkpoint["settings"], checkpoint["settings"]["train"]
-    if train == "all":  # nothing of the base is left: only its shape matters
-        settings = settings | {"pretrained": False}
-    model, base = build_model(settings, checkpoint["environment"])
-    if train != "all" and base["sha256"] != checkpoint["base"]["sha256"]:
-        raise UserError(
-            f"{path} was trained on other weights ({checkpoint['base']['lm']}): SHA-256 "
-            f"{checkpoint['base']['sha256'][:12]}, found {base['sha256'][:12]}"
-        )
-    load_trained(model, checkpoint["model"], train, path)
-    return model
-
-
-def load_trained(model, state, train, path):
-    """Put a checkpoint's tensors in place. Raises UserError, naming path, if they do not fit."""
-    names, parameters = checkpoint_names(model, train), dict(model.named_parameters())
-    for name in sorted(names ^ state.keys()):
-        where = "lacks" if name in names else "has a tensor the model does not know:"
-        raise UserError(f"{path} {where} {name}; it is damaged or from another version")
-    for name, tensor in state.items():
-        if tensor.shape != parameters[name].shape:
-            found, expected = tuple(tensor.shape), tuple(parameters[name].shape)
-            raise UserError(f"{path}: {name} is {found}, expected {expected}")
-        parameters[name].data.copy_(tensor)
-
-
 # --- the command ---------------------------------------------------------------------------------
 
 
 def check_mode(args):
-    """Raises UserError for a flag that acting, or talking, would not look at."""
-    acting, talking = ("target", "episodes", "episode_limit", "seed"), ("tokens", "corpus")
+    """Raises UserError for a flag that would not be looked at."""
+    acting, talking = ["target", "episodes", "episode_limit", "seed"], ["tokens", "corpus"]
+    acting += ["video", "gif", "attention", "at"]
     for name in talking if args.prompt is None else acting:
         if getattr(args, name) is not None:
             flag = "--" + name.replace("_", "-")
@@ -285,6 +189,20 @@ def check_mode(args):
             raise UserError(f"{flag} is for {use}")
     if args.prompt is not None and args.json:
         raise UserError("--json is for acting, not --prompt")
+    filming = args.video or args.gif
+    if args.episodes is not None and (filming or args.attention):
+        raise UserError("--episodes is for a table; one episode is filmed under each target")
+    if args.attention and (filming or args.json):
+        raise UserError("--attention makes its picture and nothing else; leave the others out")
+    if args.at is not None and not args.attention:
+        raise UserError("--at is for --attention PICTURE")
+    for flag, path, kinds in (
+        ("--video", args.video, (".mp4",)),
+        ("--gif", args.gif, (".gif",)),
+        ("--attention", args.attention, (".png",)),
+    ):
+        if path and Path(path).suffix.lower() not in kinds:
+            raise UserError(f"{flag} {path}: the name must end in {kinds[0]}")
 
 
 def main():
@@ -303,12 +221,16 @@ def main():
     add("--lm", help="where the language model's weights are (default: as in training)")
     add("--device", default="auto", help="cuda or cpu (default: cuda if there is one)")
     add("--json", action="store_true", help="print one JSON object instead of a table")
+    add("--video", metavar="MP4", help="film an episode under each target")
+    add("--gif", metavar="GIF", help="the same, smaller and slower")
+    add("--attention", metavar="PNG", help="draw what an action attends to, under the first target")
+    add("--at", type=int, help="with --attention: that action's step (default: the first full K)")
     add("--prompt", help="do not act but continue this text, before and after training")
     add("--tokens", type=int, help="with --prompt: how many to add (default 100)")
     add("--corpus", help="with --prompt: perplexity on a file, wikitext or english (the default)")
     args = parser.parse_args()
     check_mode(args)
-    check_numbers(vars(args), may_be_zero=("seed", "target", "episode_limit"))
+    check_numbers(vars(args), may_be_zero=("seed", "target", "episode_limit", "at"))
     checkpoint = read_checkpoint(args.checkpoint)
     settings, step = checkpoint["settings"], checkpoint["step"]
     if args.env and args.env != settings["env"]:
@@ -330,9 +252,15 @@ def main():
     episodes, quiet = args.episodes or settings["episodes"], args.json
     seed = SEED if args.seed is None else args.seed
     environment = checkpoint["environment"]
-    results = rollout(
-        model, environment, settings, stats, targets, episodes, seed, progress=not quiet
-    )
+    play = partial(rollout, model, environment, settings, stats)
+    if args.attention:
+        at = settings["context"] - 1 if args.at is None else args.at
+        map_attention(play, model.gpt, targets[0], seed, at, args.attention)
+        return
+    if args.video or args.gif:
+        results = film(play, environment, targets, seed, {Mp4: args.video, Gif: args.gif})
+    else:
+        results = play(targets, episodes, seed, progress=not quiet)
     if args.json:
         print(json.dumps({"checkpoint": args.checkpoint, "step": step, "results": results}))
         return

@@ -33,7 +33,7 @@ XML = f"""
   </default>
   <visual><global offwidth="480" offheight="480"/></visual>
   <worldbody>
-    <light pos="0 0 3" dir="0 0 -1"/>
+    <light pos="0 0 3" dir="0 0 -1" directional="true" diffuse="0.4 0.4 0.4"/>
     <camera name="above" pos="0 0 3"/>
     <geom name="ground" type="plane" size="1.5 1.5 0.1" pos="0 0 -0.1" rgba="0.9 0.9 0.9 1"/>
     <body name="upper">

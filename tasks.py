@@ -275,8 +275,8 @@ def find_environment(task, dataset):
     return Environment(spec, dataset.observation_space, done, random, expert), note
 
 
-def make_env(spec, **kwargs):
-    """One environment, of an EnvSpec or an id, that draws nothing on any screen.
+def make_env(spec, render_mode=None, **kwargs):
+    """One environment, of an EnvSpec or an id. It draws only what render_mode says, see Gymnasium.
 
     A spec may come from a stranger's file, so what it names must be an environment, and its
     wrappers wrappers. Raises UserError, with what helps, where it cannot be made.
@@ -290,9 +290,9 @@ def make_env(spec, **kwargs):
                 made_by = load_env_creator(entry_point)
                 if not (isinstance(made_by, type) and issubclass(made_by, kind)):
                     raise UserError(f"{name} is not an environment: it names {entry_point}")
-            known = signature(load_env_creator(spec.entry_point)).parameters
-            if "render_mode" in known or "render_mode" in spec.kwargs:  # not all know the word
-                kwargs["render_mode"] = None
+            known = signature(load_env_creator(spec.entry_point)).parameters.keys()
+            if render_mode or "render_mode" in known | spec.kwargs.keys():  # not all know the word
+                kwargs["render_mode"] = render_mode
         return gym.make(spec, **kwargs)
     except UserError:
         raise
@@ -308,11 +308,11 @@ def make_env(spec, **kwargs):
         raise UserError(f"cannot make {name}: {first_line(error)}") from error
 
 
-def make_vector_env(environment, n):
+def make_vector_env(environment, n, render_mode=None):
     """n environments stepped together; an ended one starts anew by itself at its next step."""
     from gymnasium.vector import SyncVectorEnv
 
-    return SyncVectorEnv([partial(make_env, environment.spec)] * n)
+    return SyncVectorEnv([partial(make_env, environment.spec, render_mode)] * n)
 
 
 def normalised_score(environment, episode_return):

@@ -18,8 +18,9 @@ import torch.distributed as dist
 import torch.nn as nn
 from tqdm import tqdm
 
+from checkpoint import FORMAT, build_model, load_trained, trained_state
 from data import find_dataset, load_trajectories
-from evaluate import FORMAT, build_model, load_trained, rollout, trained_state
+from evaluate import rollout
 from lora import round_frozen
 from model import Objective
 from plumbing import (

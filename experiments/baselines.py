@@ -18,8 +18,9 @@ import torch
 import torch.nn as nn
 from tqdm import tqdm
 
+from checkpoint import read_checkpoint
 from data import find_dataset, load_trajectories
-from evaluate import print_table, read_checkpoint, rollout
+from evaluate import print_table, rollout
 from plumbing import (
     UserError,
     check_numbers,

@@ -6,8 +6,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from checkpoint import build_model
 from embeddings import BINS, LARGEST, ZERO, TokenEmbedding, embed_numbers, from_bins, to_bins
-from evaluate import build_model
 from model import GPT, GPTConfig, LaMo
 from plumbing import UserError
 from settings import resolve
@@ -73,7 +73,7 @@ def test_unknown_words_are_refused(boxes):
         embed_numbers("byte", 2, torch.randn(257, 8))
     config, _, _ = resolve(Config(), {"embed": "tokens", "method": "dt"})
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("evaluate.ZERO", {})
+        patch.setattr("checkpoint.ZERO", {})
         with pytest.raises(UserError, match="--embed tokens knows the digits"):
             build_model(config, boxes(3, 2))
 

@@ -19,8 +19,8 @@ from minari.data_collector import EpisodeBuffer
 import evaluate
 import load_gpt2
 import train
+from checkpoint import FORMAT, build_model, trained_state
 from data import BUNDLED
-from evaluate import build_model, trained_state
 from experiments import collect, pretrain
 from plumbing import UserError, run_command, write_atomically
 from settings import resolve
@@ -215,7 +215,7 @@ def checkpoint(hopper):
     settings, _, notes = resolve(train.Config(), {"ratio": 0.01, "method": "dt"})
     model, base = build_model(settings, hopper)
     return {
-        "format": evaluate.FORMAT,
+        "format": FORMAT,
         "settings": settings,
         "base": base,
         "chosen": notes | {"dataset": "none"},

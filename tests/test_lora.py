@@ -6,7 +6,7 @@ import loralib
 import pytest
 import torch
 
-from evaluate import build_model
+from checkpoint import build_model
 from load_gpt2 import find_config
 from lora import LoRALinear, inject_lora, mark_trainable, merged
 from model import GPT, GPTConfig, LaMo

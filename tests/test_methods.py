@@ -2,7 +2,7 @@
 
 import pytest
 
-from evaluate import build_model
+from checkpoint import build_model
 from plumbing import UserError
 from settings import METHODS, resolve
 from train import Config

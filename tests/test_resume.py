@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import train
-from evaluate import read_checkpoint
+from checkpoint import read_checkpoint
 from plumbing import UserError
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -18,14 +18,9 @@ import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 
+from checkpoint import build_model, load_model, read_checkpoint, trained_state
 from data import BUNDLED, find_dataset, read_dataset
-from evaluate import (
-    build_model,
-    load_model,
-    read_checkpoint,
-    rollout,
-    trained_state,
-)
+from evaluate import rollout
 from model import GPT, GPTConfig, LaMo, Objective
 from plumbing import UserError, join_processes, leave_processes
 from run_folder import final_result

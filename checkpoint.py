@@ -1,0 +1,133 @@
+"""Checkpoints: the model that training starts from, what is saved of it, and back again.
+
+A checkpoint holds what was trained, and no frozen language model: it names that by its SHA-256, and
+is read only on top of the same weights. Nothing in it is code.
+"""
+
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import torch
+
+from embeddings import ZERO
+from load_gpt2 import find_config, fingerprint, load_gpt2
+from lora import inject_lora, mark_trainable
+from model import GPT, LaMo
+from plumbing import UserError, first_line
+from spaces import action_size, is_choice, observation_shape
+from tasks import unpack
+
+FORMAT = "lamo-checkpoint-2"  # what ckpt["format"] says; a change of layout changes it
+READERS = {  # of each format, the command that lets its checkpoints act
+    FORMAT: "python evaluate.py",
+    "lamo-baseline-1": "python -m experiments.baselines --evaluate",
+}
+
+
+def build_model(settings, environment):
+    """The model that training starts from: on the CPU, in fp32, its trainable tensors marked.
+
+    environment: a tasks.Environment, for the shapes; settings: the fields of train.Config as a
+    dictionary; of them lm, pretrained, train, embed, max_ep_len, dropout, lora_*, lm_coef and seed
+    are read. Returns (LaMo, base), where base names
+    the language model underneath: {"lm", "sha256", "config"}. Raises UserError as load_gpt2 does.
+    """
+    torch.manual_seed(settings["seed"])  # random weights are part of what a seed fixes
+    if settings["pretrained"]:
+        gpt = load_gpt2(settings["lm"], settings["dropout"])
+        lm = settings["lm"]
+    else:
+        gpt = GPT(replace(find_config(settings["lm"]), dropout=settings["dropout"]))
+        lm = f"random weights in the shape of {settings['lm']}"
+    base = {"lm": lm, "sha256": fingerprint(gpt), "config": asdict(gpt.config)}
+    torch.manual_seed(settings["seed"])  # so that the new parts do not depend on the base
+    obs_shape = observation_shape(environment.observation_space)
+    n_act, discrete = action_size(environment.action_space), is_choice(environment.action_space)
+    if settings["embed"] == "tokens" and gpt.config.vocab_size not in ZERO:
+        known = " or ".join(map(str, ZERO))
+        why = f"--embed tokens knows the digits of vocabularies of {known} words only"
+        raise UserError(f"{why}; use --embed mlp")
+    model = LaMo(gpt, obs_shape, n_act, discrete, settings["embed"], settings["max_ep_len"])
+    if settings["train"] == "lora":
+        rank, alpha = settings["lora_rank"], settings["lora_alpha"]
+        inject_lora(gpt, rank, alpha, settings["lora_dropout"])
+    mark_trainable(model, settings["train"], language=settings["lm_coef"] > 0)
+    return model, base
+
+
+def checkpoint_names(model, train):
+    """Names of the parameters a checkpoint holds: those trained, and no frozen base.
+
+    With train "all" it is every one, wte and wpe too, so that such a checkpoint needs no base.
+    """
+    return {n for n, p in model.named_parameters() if p.requires_grad or train == "all"}
+
+
+def trained_state(model, train):
+    """The tensors of a checkpoint, on the CPU."""
+    names = checkpoint_names(model, train)
+    return {n: p.detach().cpu().clone() for n, p in model.named_parameters() if n in names}
+
+
+def read_checkpoint(path, expected=FORMAT):
+    """A checkpoint's dictionary, checked. Raises UserError for what is not of the expected format.
+
+    expected: FORMAT, train.py's, or that of experiments/baselines.py.
+    """
+    if Path(path).is_dir():
+        raise UserError(f"{path} is a folder; give the ckpt.pt or best.pt in it")
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError as error:
+        raise UserError(f"there is no checkpoint {path}; train.py prints where it is") from error
+    except Exception as error:  # truncated zip, pickled code, a folder: torch.load has many kinds
+        raise UserError(f"{path} is no readable checkpoint: damaged, or not train.py's") from error
+    found = checkpoint.get("format") if isinstance(checkpoint, dict) else None
+    if found != expected:
+        reader = READERS.get(str(found))
+        hint = f", but {found}'s: {reader} {path}" if reader else ""
+        raise UserError(f"{path} is not a checkpoint of this project's ({expected}){hint}")
+    kinds = {"settings": dict, "chosen": dict, "base": dict, "model": dict, "step": int}
+    kinds |= {"environment": dict, "obs_mean": torch.Tensor, "obs_std": torch.Tensor}
+    wrong = [k for k, kind in kinds.items() if not isinstance(checkpoint.get(k), kind)]
+    if not wrong:
+        wrong = [name for name, t in checkpoint["model"].items() if not torch.is_tensor(t)]
+    if wrong or checkpoint["obs_mean"].shape != checkpoint["obs_std"].shape:
+        raise UserError(f"{path} lacks {', '.join(wrong) or 'obs_std'} as it should be: damaged")
+    try:
+        checkpoint["environment"] = unpack(checkpoint["environment"])
+    except Exception as error:  # of JSON, gymnasium and Minari
+        raise UserError(f"{path} describes no environment: {first_line(error)}") from error
+    return checkpoint
+
+
+def load_model(path, checkpoint):
+    """The LaMo of a checkpoint (from read_checkpoint), on the CPU.
+
+    Raises UserError if its tensors do not fit, or if the language model underneath is not to be
+    had or is not the same one.
+    """
+    settings, train = checkpoint["settings"], checkpoint["settings"]["train"]
+    if train == "all":  # nothing of the base is left: only its shape matters
+        settings = settings | {"pretrained": False}
+    model, base = build_model(settings, checkpoint["environment"])
+    if train != "all" and base["sha256"] != checkpoint["base"]["sha256"]:
+        raise UserError(
+            f"{path} was trained on other weights ({checkpoint['base']['lm']}): SHA-256 "
+            f"{checkpoint['base']['sha256'][:12]}, found {base['sha256'][:12]}"
+        )
+    load_trained(model, checkpoint["model"], train, path)
+    return model
+
+
+def load_trained(model, state, train, path):
+    """Put a checkpoint's tensors in place. Raises UserError, naming path, if they do not fit."""
+    names, parameters = checkpoint_names(model, train), dict(model.named_parameters())
+    for name in sorted(names ^ state.keys()):
+        where = "lacks" if name in names else "has a tensor the model does not know:"
+        raise UserError(f"{path} {where} {name}; it is damaged or from another version")
+    for name, tensor in state.items():
+        if tensor.shape != parameters[name].shape:
+            found, expected = tuple(tensor.shape), tuple(parameters[name].shape)
+            raise UserError(f"{path}: {name} is {found}, expected {expected}")
+        parameters[name].data.copy_(tensor)
