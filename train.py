@@ -36,6 +36,7 @@ from run_folder import append_to_log, begin_run, continue_run, end_run, read_run
 from settings import complete, presets, resolve, task_of_run
 from tasks import find_environment, pack
 from text import check_text, find_text, get_encoding, sample_text, tokenise
+from trackers import Trackers, check_trackers
 from wiki_rl import fading, find_centres
 from windows import sample_windows
 
@@ -88,6 +89,8 @@ class Config:
     log_every: int = 100  # steps averaged into a row of the log
     out: str = "runs"  # a folder for this run is made in here
     name: str = "auto"  # of that folder; auto: task, method, ratio, seed and time
+    tensorboard: bool = False  # write the log's rows for TensorBoard, too; see trackers.py
+    wandb: bool = False  # send them to Weights & Biases
     resume: str = ""  # go on with this run's folder, as it was begun; takes no other flag
 
 
@@ -177,6 +180,7 @@ def main():
         task = task_of_run(settings)
     else:
         settings, task, notes = resolve(Config(), typed)
+    check_trackers(settings)
     rank, world, device = join_processes(choose_device(settings["device"]))
     settings["device"] = str(device)
 
@@ -219,6 +223,7 @@ def main():
             folder = continue_run(path, begun, saved, data, base, world)
         else:
             folder = begin_run(settings, environment, notes, data, model, base, world)
+        trackers = Trackers(settings, folder, settings | notes, saved["step"] if saved else 0)
         if settings["compile"]:
             print("compiling during the first step; it takes a minute or so", flush=True)
 
@@ -313,7 +318,9 @@ def main():
                 row = {"step": step, "action_loss": action_mean, "lr": lr}
                 row["lm_loss"] = None if tokens is None else lm_mean
                 row["similarity"] = similarity_mean if settings["similarity"] else None
-                append_to_log(folder, row | {"seconds": time.time() - started - evaluating})
+                row["seconds"] = time.time() - started - evaluating
+                append_to_log(folder, row)
+                trackers.add(row)
                 shown |= {"loss": f"{action_mean:.4f}"}
                 shown |= {} if tokens is None else {"lm": f"{lm_mean:.3f}"}
                 bar.set_postfix(shown)
@@ -325,7 +332,8 @@ def main():
             results = rollout(model, environment, settings, stats, targets, episodes, progress=True)
             evaluating += time.time() - since
             evaluations.append({"step": step, "results": results})
-            append_to_log(folder, {"step": step, "evaluation": results})
+            append_to_log(folder, row := {"step": step, "evaluation": results})
+            trackers.add(row)
             score = max(r["score"] for r in results)
             shown |= {"score": f"{score:.1f}"}
             bar.set_postfix(shown)
@@ -359,6 +367,7 @@ def main():
     if rank == 0:
         seconds = time.time() - started
         end_run(folder, settings, environment, notes, data, evaluations, seconds, evaluating)
+        trackers.close()
     del objective
     leave_processes()
 

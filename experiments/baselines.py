@@ -35,6 +35,7 @@ from run_folder import append_to_log, begin_run, end_run
 from settings import choose_task, limit_episodes
 from spaces import action_size, is_choice, is_picture, observation_shape
 from tasks import find_environment, pack
+from trackers import Trackers, check_trackers
 from windows import STACK
 
 try:
@@ -88,6 +89,8 @@ class Config:
     log_every: int = 100  # steps averaged into a row of the log
     out: str = "runs"  # a folder for this run is made in here
     name: str = "auto"  # of that folder; auto: task, algorithm, ratio, seed and time
+    tensorboard: bool = False  # write the log's rows for TensorBoard, too; see trackers.py
+    wandb: bool = False  # send them to Weights & Biases
 
 
 # --- data ----------------------------------------------------------------------------------------
@@ -229,6 +232,7 @@ def complete_algorithm(settings, typed, notes, environment):
 def train(typed):
     """Train an algorithm and write a run's folder."""
     settings, task, notes = resolve(typed)
+    check_trackers(settings)
     device = torch.device(settings["device"])
     source, share, notes["dataset"] = find_dataset(
         settings["env"], task, settings["ratio"], settings["dataset"], settings["quality"]
@@ -252,6 +256,7 @@ def train(typed):
     learner.trained.to(device)
     actor = Actor(learner.policy).to(device)
     folder = begin_run(settings, environment, notes, data, learner.trained, None, world=1)
+    trackers = Trackers(settings, folder, settings | notes)
 
     def save(name):
         checkpoint = {
@@ -285,7 +290,8 @@ def train(typed):
             if not all(math.isfinite(mean) for mean in means.values()):
                 raise UserError(f"a loss is not finite any more by step {step}; lower --lr")
             seconds = time.time() - started - evaluating
-            append_to_log(folder, {"step": step, **means, "seconds": seconds})
+            append_to_log(folder, row := {"step": step, **means, "seconds": seconds})
+            trackers.add(row)
         if step % settings["eval_every"] == 0 or last:
             since = time.time()
             results = rollout(
@@ -293,7 +299,8 @@ def train(typed):
             )
             evaluating += time.time() - since
             evaluations.append({"step": step, "results": results})
-            append_to_log(folder, {"step": step, "evaluation": results})
+            append_to_log(folder, row := {"step": step, "evaluation": results})
+            trackers.add(row)
             bar.set_postfix(score=f"{results[0]['score']:.1f}")
             save("ckpt.pt")
             if results[0]["score"] > best_score:
@@ -303,6 +310,7 @@ def train(typed):
     seconds = time.time() - started
     command = "python -m experiments.baselines --evaluate"
     end_run(folder, settings, environment, notes, data, evaluations, seconds, evaluating, command)
+    trackers.close()
 
 
 def learn_from(environment, settings):
