@@ -48,6 +48,7 @@ def find_dataset(env, task, ratio, name="auto", quality="medium"):
     if not name:
         raise UserError("--dataset is empty; give a Minari id or a dataset's folder")
     local = Path(os.environ.get("MINARI_DATASETS_PATH") or Path.home() / ".minari" / "datasets")
+    shown = str(local).replace(str(Path.home()), "~", 1)  # in what is printed and kept
     asked = name != "auto"
     wanted = name if asked else task.dataset.format(quality=quality)
     ours = quality == "medium" or "{quality}" not in (task.dataset or "")  # what recorded sets are
@@ -78,21 +79,21 @@ def find_dataset(env, task, ratio, name="auto", quality="medium"):
                 return taken(folder, f"{where}, as asked")
         check_no_part(Path(name))
     elif is_dataset(local / wanted):
-        return taken(local / wanted, f"{wanted} in {local}")
+        return taken(local / wanted, f"{wanted} in {shown}")
     ours_alone = wanted.partition("/")[0] in MADE_HERE
     if ours_alone:
-        why = f"{wanted} is not in {local}, and on no server"
+        why = f"{wanted} is not in {shown}, and on no server"
     elif network_available():
         try:
             folder = download_dataset(wanted, local)
         except Exception as error:  # the hub's, Minari's and the disk's errors alike
             why = f"{wanted} could not be downloaded ({first_line(error)})"
         else:
-            return taken(folder, f"{wanted}, downloaded to {local}")
+            return taken(folder, f"{wanted}, downloaded to {shown}")
     else:
-        why = f"{wanted} is not in {local} and there is no network"
+        why = f"{wanted} is not in {shown} and there is no network"
     if not asked and ours and task.recorded and is_dataset(local / task.recorded):
-        return taken(local / task.recorded, f"{task.recorded} in {local}, since {why}")
+        return taken(local / task.recorded, f"{task.recorded} in {shown}, since {why}")
     if not asked and ours and task.bundled and is_dataset(BUNDLED / task.bundled):
         return taken(BUNDLED / task.bundled, f"the bundled {task.bundled}, since {why}")
     if ours_alone:

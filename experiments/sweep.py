@@ -96,7 +96,9 @@ def command_of(run, out, flags):
     command += ["--env", run["env"], "--ratio", f"{run['ratio']:g}", "--seed", str(run["seed"])]
     if run["lm"] != "auto":
         command += ["--lm", run["lm"]]
-    return [sys.executable, *command, "--out", str(Path(out).absolute()), *flags]
+    place = Path(out).absolute()  # runs start in the root, and need not know where that is
+    place = place.relative_to(ROOT) if place.is_relative_to(ROOT) else place
+    return [sys.executable, *command, "--out", str(place), *flags]
 
 
 def state_of(folder):
