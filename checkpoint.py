@@ -69,6 +69,14 @@ def trained_state(model, train):
     return {n: p.detach().cpu().clone() for n, p in model.named_parameters() if n in names}
 
 
+def check_finite(state, step):
+    """Raises UserError if a tensor of a checkpoint's is not finite: it would replace a good one."""
+    for name, tensor in state.items():
+        if not tensor.isfinite().all():
+            why = f"{name} is not finite any more by step {step}"
+            raise UserError(f"{why}; the checkpoint before it is kept; lower --lr")
+
+
 def read_checkpoint(path, expected=FORMAT):
     """A checkpoint's dictionary, checked. Raises UserError for what is not of the expected format.
 

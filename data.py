@@ -331,6 +331,7 @@ def load_trajectories(
         scale=scale,
         returns=returns,
         lengths=np.array(lengths),
+        dataset_id=dataset.spec.dataset_id,
         reward=tensor(np.concatenate(reward), torch.float32),
         terminated=tensor(np.concatenate(terminated)),
         last_obs=tensor(last_obs, None if frames else torch.float32),

@@ -15,6 +15,7 @@ import json
 import math
 import os
 import re
+import signal
 import sys
 import tempfile
 import threading
@@ -54,6 +55,29 @@ def run_command(main):
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2) from None
+
+
+class StopSignals:
+    """Holds SIGINT and SIGTERM back until a step is done; a second one acts at once.
+
+    From its making to `restore`, `number` is 0, or the signal's that came. Whoever has written what
+    is to be kept then ends with exit code 128 + number, as shells expect.
+    """
+
+    def __init__(self):
+        self.number, self.before = 0, {}
+        if threading.current_thread() is threading.main_thread():  # others cannot have handlers
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self.before[number] = signal.signal(number, self.note)
+
+    def note(self, number, frame):
+        self.number = number
+        self.restore()
+        print("stopping after this step; once more to leave at once", file=sys.stderr, flush=True)
+
+    def restore(self):
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
 
 
 def first_line(error):
@@ -156,6 +180,22 @@ def join_processes(device):
     # The others wait for the first one's downloads and evaluations: give it time.
     dist.init_process_group("nccl" if cuda else "gloo", timeout=timedelta(hours=6))
     return dist.get_rank(), world, device
+
+
+def agree(number, device):
+    """The largest of all processes' numbers, in each of them."""
+    number = torch.tensor(number, device=device)
+    dist.all_reduce(number, dist.ReduceOp.MAX)
+    return int(number)
+
+
+def check_same(numbers, device):
+    """Raises UserError unless these integers, that tell what was found, are all processes' own."""
+    mine = torch.tensor(numbers, device=device)
+    first = mine.clone()
+    dist.broadcast(first, 0)
+    if not torch.equal(mine, first):
+        raise UserError("the processes found different models, data or text; start them again")
 
 
 def leave_processes():

@@ -21,7 +21,7 @@ from tasks import normalised_score
 
 RESUME, FORMAT = "resume.pt", "lamo-resume-1"  # the file --resume goes on from, and what it is
 SAVED = {"log_bytes", "step", "model", "optimiser", "processes", "summed", "evaluations"}
-SAVED |= {"best_score", "seconds", "evaluating"}  # what is in it
+SAVED |= {"best_score", "seconds", "evaluating", "bad_steps"}  # what is in it
 
 
 def make_run_folder(settings):
@@ -199,15 +199,17 @@ def end_run(
     seconds,
     evaluating,
     command="python evaluate.py",
+    bad_steps=0,
 ):
     """Compute the run's score, write it to result.json and print it.
 
-    command: what lets the checkpoint act.
+    command: what lets the checkpoint act; bad_steps: how many changed nothing, since their loss or
+    gradient was not finite.
     """
     result = final_result(evaluations, settings["steps"])
     result |= {"dataset": notes["dataset"], "lm": notes.get("lm")}
     result |= {"dataset_return_mean": float(data.returns.mean())}
-    result |= {"seconds": seconds, "seconds_evaluating": evaluating}
+    result |= {"seconds": seconds, "seconds_evaluating": evaluating, "bad_steps": bad_steps}
     write_json(folder / "result.json", result)
     (folder / RESUME).unlink(missing_ok=True)
     n = result["evaluations_averaged"]
@@ -225,5 +227,7 @@ def end_run(
             end="",
         )
         print("steps, before their end: their returns are not whole (--episode-limit 0)")
+    if bad_steps:
+        print(f"{bad_steps} steps were skipped: their loss or gradient was not finite")
     print(f"{seconds:.0f} s, of which {evaluating:.0f} s evaluating")
     print(f"next: {command} {folder / 'ckpt.pt'}   (or best.pt)")

@@ -10,7 +10,7 @@ main(), at the end. Figures without another source are from the paper, arXiv 231
 
 import math
 import time
-from concurrent.futures import ThreadPoolExecutor
+from collections import deque
 from dataclasses import dataclass
 
 import torch
@@ -18,13 +18,16 @@ import torch.distributed as dist
 import torch.nn as nn
 from tqdm import tqdm
 
-from checkpoint import FORMAT, build_model, load_trained, trained_state
+from checkpoint import FORMAT, build_model, check_finite, load_trained, trained_state
 from data import find_dataset, load_trajectories
 from evaluate import rollout
 from lora import round_frozen
 from model import Objective
 from plumbing import (
+    StopSignals,
     UserError,
+    agree,
+    check_same,
     choose_device,
     join_processes,
     leave_processes,
@@ -38,7 +41,7 @@ from tasks import find_environment, pack
 from text import check_text, find_text, get_encoding, sample_text, tokenise
 from trackers import Trackers, check_trackers
 from wiki_rl import fading, find_centres
-from windows import sample_windows
+from windows import ahead, describe_window, sample_windows, valid_steps
 
 
 @dataclass
@@ -77,6 +80,7 @@ class Config:
     cooldown: float = "auto"  # last share of the steps, over which it falls to 0
     weight_decay: float = "auto"  # AdamW's, on everything trained
     clip: float = 0.25  # the gradient's norm is clipped here
+    skip_bad_steps: bool = False  # go on after a step whose loss or gradient is not finite
     # evaluation
     eval_every: int = "auto"  # steps between evaluations
     episodes: int = "auto"  # episodes for each target
@@ -95,29 +99,6 @@ class Config:
 
 
 # --- before training -----------------------------------------------------------------------------
-
-
-def valid_steps(valid, world):
-    """How many steps the action loss is a mean over: valid (B, K) bool -> scalar tensor.
-
-    Under DDP it is the mean over processes: gradients are averaged between them, and only so is
-    that average the gradient of the joined batch, whose windows are not equally long.
-    """
-    count = valid.sum().float()
-    if world > 1:
-        dist.all_reduce(count)
-        count /= world
-    return count
-
-
-def check_same(base, data, tokens, device):
-    """Raises UserError unless all processes found the same language model, data and text."""
-    mine = [int(base["sha256"][:12], 16), len(data), 0 if tokens is None else len(tokens)]
-    mine = torch.tensor(mine, device=device)
-    first = mine.clone()
-    dist.broadcast(first, 0)
-    if not torch.equal(mine, first):
-        raise UserError("the processes found different models, data or text; start them again")
 
 
 def prepare(settings, task, notes, device):
@@ -159,15 +140,6 @@ def prepare(settings, task, notes, device):
     return environment, data, model.to(device), base, tokens
 
 
-def ahead(make):
-    """Yield make() again and again, each made in a thread while the one before is in use."""
-    with ThreadPoolExecutor(1) as thread:
-        following = thread.submit(make)
-        while True:
-            made, following = following.result(), thread.submit(make)
-            yield made
-
-
 # --- training ------------------------------------------------------------------------------------
 
 
@@ -194,7 +166,8 @@ def main():
     if rank == 0 and world > 1:
         dist.barrier()
     if world > 1:
-        check_same(base, data, tokens, device)
+        found = [int(base["sha256"][:12], 16), len(data), 0 if tokens is None else len(tokens)]
+        check_same(found, device)
 
     # Other windows, text and dropout in each process, but the same in every run.
     seed = settings["seed"] + 1_000_003 * rank
@@ -227,7 +200,7 @@ def main():
         if settings["compile"]:
             print("compiling during the first step; it takes a minute or so", flush=True)
 
-    def save(name):
+    def save(name, state):
         checkpoint = {
             "format": FORMAT,
             "settings": settings,
@@ -235,11 +208,30 @@ def main():
             "base": base,
             "environment": pack(environment),
             "step": step,
-            "model": trained_state(model, settings["train"]),
+            "model": state,
             "obs_mean": data.obs_mean.cpu(),
             "obs_std": data.obs_std.cpu(),
         }
         save_tensors(folder / name, checkpoint)
+
+    def report_bad(first, n, step):
+        """Log the first of n bad steps and what its windows held; stop, unless told to skip."""
+        row = {"step": first, "bad_steps": n, "windows": None}
+        if first in dict(drawn):  # not if the run was resumed since
+            again = torch.Generator(data.obs.device)
+            again.set_state(dict(drawn)[first])
+            again = sample_windows(data, settings["batch"] // world, settings["context"], again)
+            row["windows"] = describe_window(again)
+        if rank == 0:
+            append_to_log(folder, row)
+        what = f"{n} of the steps {first} to {step} had a loss or gradient that is not finite"
+        if n == summed:
+            raise UserError(f"{what}, none was sound; none of them changed the weights; lower --lr")
+        if not settings["skip_bad_steps"]:
+            why = "none of them changed the weights; log.jsonl has the first one's windows"
+            raise UserError(f"{what}; {why}; lower --lr, or --skip-bad-steps")
+        if rank == 0:
+            bar.write(f"{what}; skipped")
 
     def next_window():
         window = sample_windows(data, settings["batch"] // world, settings["context"], window_rng)
@@ -250,17 +242,21 @@ def main():
 
     evaluations, best_score, shown = [], -math.inf, {}
     totals = torch.zeros(3, device=device)  # of the losses; reading them waits for the device
-    summed = 0  # steps in totals
+    new_bad, first_bad = torch.zeros(2, dtype=torch.int64, device=device)  # of the same steps
+    summed, bad_steps = 0, 0  # steps in totals; bad ones before them
+    drawn = deque(maxlen=settings["log_every"])  # (step, the state its window was drawn from)
     started, evaluating, done = time.time(), 0.0, 0
     if saved:  # from here on all is as it was after that step
         done, summed = saved["step"], saved["summed"]
         evaluations, best_score = saved["evaluations"], saved["best_score"]
+        bad_steps = saved["bad_steps"]
         started, evaluating = started - saved["seconds"], saved["evaluating"]
         load_trained(model, saved["model"], settings["train"], path)
         try:
             optimiser.load_state_dict(saved["optimiser"])
             mine = saved["processes"][rank]
             totals.copy_(mine["totals"])
+            new_bad, first_bad = mine["bad"].to(device)
             window_rng.set_state(mine["windows"])
             text_rng.set_state(mine["text"])
             torch.set_rng_state(mine["dropout"])
@@ -269,11 +265,14 @@ def main():
         except (KeyError, IndexError, TypeError, ValueError, RuntimeError) as error:
             why = f"the state in {path} does not fit this run"
             raise UserError(f"{why}; delete resume.pt there to begin it anew") from error
+    after_window = window_rng.get_state()
     # Only now, for the first window is drawn at once in another thread.
     windows = ahead(next_window) if apart else iter(next_window, None)
     bar = tqdm(
         total=settings["steps"], initial=done, desc="training", disable=rank > 0, mininterval=1
     )
+    stop = StopSignals()
+    step, stopping = done, 0
     model.train()
     for step in range(done + 1, settings["steps"] + 1):
         rising = step / max(1, settings["warmup"])
@@ -282,6 +281,7 @@ def main():
         for group in optimiser.param_groups:
             group["lr"] = lr
 
+        drawn.append((step, after_window))
         window, after_window = next(windows)
         text = None
         if tokens is not None:
@@ -296,24 +296,32 @@ def main():
         if settings["similarity"]:
             loss = loss - settings["similarity"] * fading(step) * similarity  # Wiki-RL's
         loss.backward()
-        nn.utils.clip_grad_norm_(trainable, settings["clip"])
+        norm = nn.utils.clip_grad_norm_(trainable, settings["clip"])
+        # Each process has its own loss, but all must step alike: between them the norm decides.
+        bad = ~(norm if world > 1 else norm + loss.detach()).isfinite()
+        optimiser.found_inf = bad.float()  # where it is 1, fused AdamW leaves all as it is
         optimiser.step()
         optimiser.zero_grad(set_to_none=True)
 
-        totals += torch.stack(losses).detach()
+        totals += torch.where(bad, 0, torch.stack(losses).detach())
+        new_bad, first_bad = new_bad + bad, torch.where(bad & (new_bad == 0), step, first_bad)
         summed += 1
         bar.update()
         if step == 1 and rank == 0 and settings["compile"]:
             bar.write(f"compiled; the first step took {time.time() - started:.0f} s")
         last = step == settings["steps"]
-        if step % settings["log_every"] == 0 or last:
+        logged = step % settings["log_every"] == 0 or last
+        due = step % settings["eval_every"] == 0 or last  # for an evaluation
+        if logged:
             if world > 1:
                 dist.all_reduce(totals)
-            action_mean, lm_mean, similarity_mean = (totals / (summed * world)).tolist()
+            if n := int(new_bad):
+                report_bad(int(first_bad), n, step)
+                bad_steps += n
+            means = totals / ((summed - n) * world)
+            action_mean, lm_mean, similarity_mean = means.tolist()
             totals.zero_()
-            summed = 0
-            if not math.isfinite(action_mean + lm_mean + similarity_mean):
-                raise UserError(f"a loss is not finite any more by step {step}; lower --lr")
+            new_bad, summed = torch.zeros_like(new_bad), 0
             if rank == 0:
                 row = {"step": step, "action_loss": action_mean, "lr": lr}
                 row["lm_loss"] = None if tokens is None else lm_mean
@@ -325,7 +333,9 @@ def main():
                 shown |= {} if tokens is None else {"lm": f"{lm_mean:.3f}"}
                 bar.set_postfix(shown)
 
-        if rank == 0 and (step % settings["eval_every"] == 0 or last):
+        if rank == 0 and due:
+            state = trained_state(model, settings["train"])
+            check_finite(state, step)
             since = time.time()
             stats, targets = (data.obs_mean, data.obs_std), settings["targets"]
             episodes = settings["episodes"]
@@ -337,12 +347,15 @@ def main():
             score = max(r["score"] for r in results)
             shown |= {"score": f"{score:.1f}"}
             bar.set_postfix(shown)
-            save("ckpt.pt")
             if score > best_score:
                 best_score = score
-                save("best.pt")
-        if step % settings["eval_every"] == 0 or last:
-            mine = {"totals": totals.cpu(), "windows": after_window, "text": text_rng.get_state()}
+                save("best.pt", state)
+        # Processes stop after the same step: where they wait for each other anyway.
+        if world == 1 or logged:
+            stopping = stop.number if world == 1 else agree(stop.number, device)
+        if due or stopping:
+            mine = {"totals": totals.cpu(), "bad": torch.stack([new_bad, first_bad]).cpu()}
+            mine |= {"windows": after_window, "text": text_rng.get_state()}
             mine["dropout"] = torch.get_rng_state()
             if device.type == "cuda":
                 mine["dropout_cuda"] = torch.cuda.get_rng_state(device)
@@ -351,25 +364,38 @@ def main():
                 processes = [None] * world
                 dist.all_gather_object(processes, mine)
             if rank == 0:
+                state = trained_state(model, settings["train"])
+                check_finite(state, step)
+                save("ckpt.pt", state)
                 save_run(
                     folder,
                     step=step,
-                    model=trained_state(model, settings["train"]),
+                    model=state,
                     optimiser=optimiser.state_dict(),
                     processes=processes,
                     summed=summed,
+                    bad_steps=bad_steps,
                     evaluations=evaluations,
                     best_score=best_score,
                     seconds=time.time() - started,
                     evaluating=evaluating,
                 )
+        if stopping:
+            break
+    stop.restore()
     bar.close()
+    seconds = time.time() - started
+    if rank == 0 and step == settings["steps"]:
+        run = folder, settings, environment, notes, data
+        end_run(*run, evaluations, seconds, evaluating, bad_steps=bad_steps)
+    elif rank == 0:
+        print(f"stopped after step {step}; go on with: python train.py --resume {folder}")
     if rank == 0:
-        seconds = time.time() - started
-        end_run(folder, settings, environment, notes, data, evaluations, seconds, evaluating)
         trackers.close()
     del objective
     leave_processes()
+    if step < settings["steps"]:
+        raise SystemExit(128 + stopping)
 
 
 if __name__ == "__main__":

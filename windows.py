@@ -10,10 +10,12 @@ and neighbouring states share all but one of them, so a window of K states is K 
 """
 
 import hashlib
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
 import torch
+import torch.distributed as dist
 
 STACK = 4  # frames in a state, where observations are pictures (Mnih et al. 2015)
 
@@ -32,6 +34,7 @@ class Trajectories:
     scale: float  # what returns-to-go were divided by
     returns: np.ndarray  # (E,) undiscounted, undivided
     lengths: np.ndarray  # (E,) transitions
+    dataset_id: str = ""  # Minari's, of where they are from
     # what experiments/baselines.py reads besides, and windows do not
     reward: torch.Tensor | None = None  # (N,) float32, undivided
     terminated: torch.Tensor | None = None  # (N,) bool, an end that was no cut: nothing follows
@@ -73,3 +76,37 @@ def sample_windows(data, batch, context, generator):
         obs = data.obs[torch.cat([before.clamp(min=first), index], dim=1)]  # (B, K + 3, 84, 84)
         obs[:, : STACK - 1][before < first] = 0
     return data.rtg[index], obs, data.act[index], data.timestep[index], valid
+
+
+def valid_steps(valid, world):
+    """How many steps the action loss is a mean over: valid (B, K) bool -> scalar tensor.
+
+    Under DDP it is the mean over processes: gradients are averaged between them, and only so is
+    that average the gradient of the joined batch, whose windows are not equally long.
+    """
+    count = valid.sum().float()
+    if world > 1:
+        dist.all_reduce(count)
+        count /= world
+    return count
+
+
+def describe_window(window):
+    """What a batch of windows holds, as plain numbers: for a step that went wrong."""
+    numbers = {"windows": len(window[-1]), "steps": int(window[-1].sum())}
+    for name, x in zip(("rtg", "obs", "act", "timestep"), window, strict=False):
+        finite = x[x.isfinite()].float()
+        numbers[name] = {"not_finite": x.numel() - finite.numel()}
+        if finite.numel():
+            numbers[name] |= {"min": finite.min().item(), "max": finite.max().item()}
+            numbers[name] |= {"mean": finite.mean().item()}
+    return numbers
+
+
+def ahead(make):
+    """Yield make() again and again, each made in a thread while the one before is in use."""
+    with ThreadPoolExecutor(1) as thread:
+        following = thread.submit(make)
+        while True:
+            made, following = following.result(), thread.submit(make)
+            yield made
