@@ -291,8 +291,9 @@ def load_trajectories(
                 f"and actions {np.shape(a)}; expected {T}, {(T + 1, *obs.shape[1:])} and ({T}, ..)"
             )
         for kind, values in (("observation", o), ("action", a), ("reward", r)):
-            if not np.isfinite(values).all():
-                raise UserError(f"{what}: episode {i} has a NaN or infinite {kind}")
+            with np.errstate(over="ignore"):  # what is beyond 32 bits becomes infinite
+                if not np.isfinite(np.asarray(values, np.float32)).all():
+                    raise UserError(f"{what}: episode {i} has a NaN or infinite {kind}")
         obs[n : n + T] = o[:T]
         last_obs[len(returns)] = o[T]  # has no action
         try:
@@ -315,6 +316,8 @@ def load_trajectories(
             obs[i : i + ROWS_AT_A_TIME] = (obs[i : i + ROWS_AT_A_TIME] - mean) / std
         last_obs = (last_obs - mean) / std
     scale = scale or choose_scale(returns)
+    if not np.abs(returns / scale).max() < np.finfo(np.float32).max:
+        raise UserError(f"{what}: returns reach {np.abs(returns).max():g}, too much for 32 bits")
     home = choose_home(obs, device)
 
     def tensor(x, dtype=None):

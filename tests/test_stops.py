@@ -1,0 +1,234 @@
+"""Signals that stop a training, and steps that go wrong: nothing is lost, nothing is spoilt."""
+
+import json
+import math
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import gymnasium as gym
+import minari
+import numpy as np
+import pytest
+import torch
+from minari.data_collector import EpisodeBuffer
+
+import train
+from checkpoint import check_finite, read_checkpoint
+from data import load_trajectories
+from plumbing import UserError
+from windows import describe_window
+
+ROOT = Path(__file__).resolve().parent.parent
+SHORT = ["--env", "hopper", "--ratio", 0.01, "--eval-every", 40, "--log-every", 10, "--seed", 0]
+SHORT += ["--episodes", 1, "--batch", 8, "--context", 5, "--lm-length", 64, "--dropout", 0.1]
+SHORT += ["--episode-limit", 10, "--steps", 120]
+
+
+def run(*arguments):
+    command = [sys.executable, str(ROOT / "train.py"), *map(str, arguments)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    return done.returncode, done.stdout, done.stderr
+
+
+def outcome(folder):
+    rows = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    for row in rows:
+        row.pop("seconds", None)
+    score = json.loads((folder / "result.json").read_text())["score"]
+    return rows, score, read_checkpoint(folder / "ckpt.pt")["model"]
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    out = tmp_path_factory.mktemp("whole")
+    code, _, errors = run(*SHORT, "--out", out, "--name", "run")
+    assert code == 0, errors
+    return outcome(out / "run")
+
+
+def begin(out):
+    """A training that has made some steps. Returns its process."""
+    command = [sys.executable, "-u", str(ROOT / "train.py"), *map(str, SHORT)]
+    command += ["--out", str(out), "--name", "run"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    log = out / "run" / "log.jsonl"
+    while not (log.exists() and log.stat().st_size) and process.poll() is None:
+        time.sleep(0.005)
+    return process
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_the_step_saves_and_leaves(number, whole, tmp_path):
+    process = begin(tmp_path)
+    process.send_signal(number)
+    out, errors = process.communicate()
+    assert process.returncode == 128 + number, errors
+    assert b"stopping after this step" in errors
+    folder = tmp_path / "run"
+    assert f"go on with: python train.py --resume {folder}".encode() in out
+    step = read_checkpoint(folder / "ckpt.pt")["step"]
+    rows = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    assert rows[-1]["step"] <= step < 120
+    assert torch.load(folder / "resume.pt", weights_only=True)["step"] == step
+    code, out, errors = run("--resume", folder)
+    assert code == 0, errors
+    assert f"after step {step}" in out  # not a step is lost
+    rows, score, weights = outcome(folder)
+    assert (rows, score) == whole[:2]
+    for name, tensor in weights.items():
+        assert torch.equal(tensor, whole[2][name]), name
+
+
+def test_a_second_signal_leaves_at_once_and_harms_nothing(whole, tmp_path):
+    process = begin(tmp_path)
+    process.send_signal(signal.SIGINT)
+    time.sleep(0.001)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate()
+    assert process.returncode == 128 + signal.SIGINT, errors
+    assert b"Traceback" not in errors
+    code, _, errors = run("--resume", tmp_path / "run")
+    assert code == 0, errors
+    rows, score, weights = outcome(tmp_path / "run")
+    assert (rows, score) == whole[:2]
+    assert all(torch.equal(tensor, whole[2][name]) for name, tensor in weights.items())
+
+
+# --- steps that go wrong -------------------------------------------------------------------------
+
+LENGTH, EPISODES, WRONG = 10, 6, 2  # episode WRONG earns what overflows in the model
+BAD = ["--env", "hopper", "--steps", 24, "--eval-every", 12, "--log-every", 4, "--batch", 2]
+BAD += ["--episodes", 1, "--episode-limit", 5, "--method", "dt", "--context", 3, "--seed", 1]
+BAD += ["--dtype", "fp32"]
+
+
+@pytest.fixture
+def flawed(tmp_path, monkeypatch):
+    """A hopper dataset in which an episode's returns are finite but too much for a LayerNorm."""
+    monkeypatch.setenv("MINARI_DATASETS_PATH", str(tmp_path / "minari"))
+    draw, episodes = np.random.default_rng(0), []
+    for i in range(EPISODES):
+        rewards = np.ones(LENGTH)
+        rewards[-1] = 1e30 if i == WRONG else 1.0
+        episodes.append(
+            EpisodeBuffer(
+                observations=draw.normal(size=(LENGTH + 1, 11)),
+                actions=draw.uniform(-1, 1, (LENGTH, 3)).astype(np.float32),
+                rewards=rewards,
+                terminations=np.arange(LENGTH) == LENGTH - 1,
+                truncations=np.zeros(LENGTH, bool),
+            )
+        )
+    minari.create_dataset_from_buffers("test/flawed-v0", episodes, env=gym.make("Hopper-v5"))
+    return "test/flawed-v0"
+
+
+def bad_steps():
+    """Which of the 24 steps draw a window from that episode: train.py's draws, drawn again."""
+    rng = torch.Generator().manual_seed(1)
+    starts = [torch.randint(LENGTH * EPISODES, (2,), generator=rng) for _ in range(24)]
+    return [i + 1 for i, s in enumerate(starts) if (s // LENGTH == WRONG).any()]
+
+
+def test_a_bad_step_is_named_and_stops_the_run(flawed, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["train.py", *map(str, BAD), "--dataset", flawed])
+    sys.argv += ["--out", str(tmp_path), "--name", "run"]
+    first = bad_steps()[0]
+    with pytest.raises(UserError) as error:
+        train.main()
+    assert f"of the steps {first} to " in str(error.value)
+    assert "--skip-bad-steps" in str(error.value)
+    rows = [json.loads(line) for line in (tmp_path / "run/log.jsonl").read_text().splitlines()]
+    assert rows[-1]["step"] == first
+    assert rows[-1]["windows"]["rtg"]["max"] == pytest.approx(1e30 / 1000, rel=1e-3)
+    assert all(math.isfinite(row["action_loss"]) for row in rows[:-1])
+    for path in (tmp_path / "run").glob("*.pt"):  # none, unless an evaluation came first
+        assert read_checkpoint(path)["step"] < first
+
+
+def test_bad_steps_are_skipped_and_counted_if_told_to(flawed, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["train.py", *map(str, BAD), "--dataset", flawed])
+    sys.argv += ["--out", str(tmp_path), "--name", "run", "--skip-bad-steps"]
+    train.main()
+    expected = bad_steps()
+    assert len(expected) > 2
+    assert json.loads((tmp_path / "run/result.json").read_text())["bad_steps"] == len(expected)
+    assert f"{len(expected)} steps were skipped" in capsys.readouterr().out
+    rows = [json.loads(line) for line in (tmp_path / "run/log.jsonl").read_text().splitlines()]
+    told = {row["step"]: row["bad_steps"] for row in rows if "bad_steps" in row}
+    spans = [[s for s in expected if end - 4 < s <= end] for end in range(4, 25, 4)]
+    assert told == {span[0]: len(span) for span in spans if span}
+    check_finite(read_checkpoint(tmp_path / "run/ckpt.pt")["model"], 24)
+
+
+def test_a_bad_step_changes_nothing_at_all():
+    """AdamW's fused step with found_inf 1, which train.py relies on, in this version of PyTorch."""
+    weights = [torch.nn.Parameter(torch.randn(7)) for _ in range(2)]
+    optimiser = torch.optim.AdamW(weights, lr=0.1, weight_decay=0.1, fused=True)
+
+    def step(value, bad):
+        for w in weights:
+            w.grad = torch.full_like(w, value)
+        optimiser.found_inf = torch.tensor(float(bad))
+        optimiser.step()
+        return [w.detach().clone() for w in weights], [
+            {k: v.clone() for k, v in optimiser.state[w].items()} for w in weights
+        ]
+
+    before = step(1.0, False)
+    after = step(float("nan"), True)
+    for w, v in zip(before[0], after[0], strict=True):
+        assert torch.equal(w, v)
+    for w, v in zip(before[1], after[1], strict=True):
+        assert all(torch.equal(w[name], v[name]) for name in w)
+    assert not torch.equal(step(1.0, False)[0][0], before[0][0])
+
+
+def test_weights_that_are_not_finite_never_replace_good_ones(tmp_path, monkeypatch):
+    """With an absurd learning rate the first update itself overflows, from a sound gradient."""
+    flags = [*SHORT[:-2], "--steps", 4, "--eval-every", 2, "--log-every", 4, "--lr", 1e39]
+    flags += ["--warmup", 1, "--method", "dt", "--out", str(tmp_path), "--name", "run"]
+    monkeypatch.setattr(sys, "argv", ["train.py", *map(str, flags)])
+    with pytest.raises(UserError, match=r"not finite any more by step 2; the checkpoint before"):
+        train.main()
+    assert not list((tmp_path / "run").glob("*.pt"))
+
+
+def test_windows_are_described_by_their_numbers():
+    rtg = torch.tensor([[[1.0], [math.nan]], [[3.0], [-math.inf]]])
+    obs, act = torch.zeros(2, 2, 3), torch.tensor([[0, 1], [2, 3]])
+    valid = torch.tensor([[True, True], [True, False]])
+    told = describe_window((rtg, obs, act, torch.zeros(2, 2), valid))
+    assert (told["windows"], told["steps"]) == (2, 3)
+    assert told["rtg"] == {"not_finite": 2, "min": 1.0, "max": 3.0, "mean": 2.0}
+    assert told["act"] == {"not_finite": 0, "min": 0.0, "max": 3.0, "mean": 1.5}
+    assert json.loads(json.dumps(told)) == told
+
+
+def test_numbers_beyond_32_bits_are_refused(tmp_path, monkeypatch):
+    monkeypatch.setenv("MINARI_DATASETS_PATH", str(tmp_path))
+
+    def dataset(name, observation, reward):
+        episode = EpisodeBuffer(
+            observations=np.full((3, 2), observation),
+            actions=np.zeros((2, 1), np.float32),
+            rewards=np.full(2, reward),
+            terminations=np.array([False, True]),
+            truncations=np.zeros(2, bool),
+        )
+        spaces = gym.spaces.Box(-np.inf, np.inf, (2,), float), gym.spaces.Box(-1, 1, (1,))
+        return minari.create_dataset_from_buffers(
+            name, [episode], observation_space=spaces[0], action_space=spaces[1]
+        )
+
+    for name, numbers, says in (
+        ("test/sight-v0", (1e39, 1.0), "NaN or infinite observation"),
+        ("test/reward-v0", (1.0, 1e39), "NaN or infinite reward"),
+        ("test/return-v0", (1.0, 2e38), "too much for 32 bits"),
+    ):
+        made = dataset(name, *numbers)
+        with pytest.raises(UserError, match=says):
+            load_trajectories(made, gym.spaces.Box(-1, 1, (1,)), scale=1.0)
