@@ -15,6 +15,7 @@ from functools import partial
 from itertools import count
 from pathlib import Path
 
+import gymnasium as gym
 import numpy as np
 import torch
 from tqdm import tqdm
@@ -22,7 +23,7 @@ from tqdm import tqdm
 from checkpoint import build_model, load_model, read_checkpoint
 from load_gpt2 import TEXT_TOKENS, talk
 from lora import merged, round_frozen
-from plumbing import Parser, UserError, check_numbers, choose_device, run_command
+from plumbing import Parser, UserError, check_numbers, choose_device, first_line, run_command
 from run_folder import written
 from spaces import (
     action_size,
@@ -34,12 +35,59 @@ from spaces import (
     observation_shape,
     shrink,
 )
-from tasks import make_vector_env, normalised_score
+from tasks import make_env, normalised_score
 from text import find_text, get_encoding, tokenise
 from watch import Gif, Mp4, film, map_attention
 from windows import STACK
 
 SEED = 1_000_000  # the first episode's environment seed, far from those data is recorded with
+
+
+# --- environments --------------------------------------------------------------------------------
+
+
+class Guard(gym.Wrapper):
+    """An environment whose failures end its own episode, and no other's.
+
+    Where it raises, or gives an observation or a reward that is not finite, the episode ends with
+    what it has earned, and info["failed"] says why.
+    """
+
+    def reset(self, **how):
+        self.failed = None
+        try:
+            self.last, info = self.env.reset(**how)
+        except Exception as error:  # the environment's own kinds
+            self.failed = f"reset raised {type(error).__name__}: {first_line(error)}"
+            self.last, info = self.observation_space.sample(), {}  # of the right shape
+        return self.last, info
+
+    def step(self, action):
+        if self.failed is None:
+            try:
+                observation, reward, terminated, truncated, info = self.env.step(action)
+                if is_finite(observation) and np.isfinite(reward):
+                    self.last = observation
+                    return observation, reward, terminated, truncated, info
+                self.failed = f"gave an observation or a reward ({reward}) that is not finite"
+            except Exception as error:
+                self.failed = f"raised {type(error).__name__}: {first_line(error)}"
+        return self.last, 0.0, True, False, {"failed": self.failed}
+
+
+def is_finite(observation):
+    """Whether all numbers of an observation are, however it is nested."""
+    if isinstance(observation, dict | tuple):
+        parts = observation.values() if isinstance(observation, dict) else observation
+        return all(map(is_finite, parts))
+    return np.asarray(observation).dtype.kind != "f" or bool(np.isfinite(observation).all())
+
+
+def make_vector_env(environment, n, render_mode=None):
+    """n environments stepped together; an ended one starts anew by itself at its next step."""
+    return gym.vector.SyncVectorEnv(
+        [lambda: Guard(make_env(environment.spec, render_mode=render_mode))] * n
+    )
 
 
 # --- rollouts ------------------------------------------------------------------------------------
@@ -70,8 +118,8 @@ def rollout(
     with the environments (which draw as render_mode says), which episodes (n,) acted and which go
     on, their returns so far (n,) and the tokens of the last K steps.
     Returns a list with a dictionary for each target: target, returns and lengths (one per episode),
-    their summary (see `summarise`), and cut, how many episodes episode_limit stopped before their
-    end: their returns are not whole.
+    their summary (see `summarise`), cut, how many episodes episode_limit stopped before their end,
+    and failed, a line for each that its environment's failure ended: their returns are not whole.
     """
     obs_mean, obs_std = stats
     device = obs_mean.device
@@ -97,6 +145,7 @@ def rollout(
     actions = decode_actions(action_space, empty)
     alive = np.ones(n, bool)
     returns, lengths = np.zeros(n), np.zeros(n, int)
+    failed = [[] for _ in targets]
 
     training = model.training
     model.eval()
@@ -127,7 +176,10 @@ def rollout(
             encoded = torch.as_tensor(encode_actions(action_space, actions), device=device)
             with autocast:
                 tokens.append(model.remember(encoded[:, None], timestep)[:, 0])
-            observation, reward, terminated, truncated, _ = envs.step(actions)
+            observation, reward, terminated, truncated, info = envs.step(actions)
+            for i in np.flatnonzero(alive & info.get("_failed", False)):
+                what = f"episode {i % episodes}, step {t}: {info['failed'][i]}"
+                failed[i // episodes].append(what)
             returns[alive] += reward[alive]
             lengths[alive] += 1
             if not delayed:
@@ -145,6 +197,7 @@ def rollout(
             "target": target,
             **summarise(environment, returns[i], lengths[i]),
             "cut": int(alive[i].sum()),
+            "failed": failed[i[0] // episodes],
         }
         for target, i in zip(targets, np.arange(n).reshape(len(targets), episodes), strict=True)
     ]
@@ -171,6 +224,9 @@ def print_table(results):
         print(f"{line}  {len(r['returns'])}")
     if cut := sum(r["cut"] for r in results):
         print(f"{cut} episodes were cut before their end (--episode-limit): returns are not whole")
+    for r in results:
+        for what in r["failed"]:
+            print(f"target {written(r['target'])}: the environment failed in {what}")
     best = max(results, key=lambda r: r["return_mean"])
     print(f"best: target {written(best['target'])}, score {best['score']:.1f}")
 

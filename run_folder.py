@@ -180,6 +180,7 @@ def final_result(evaluations, steps):
         "targets": targets,
         "evaluations_averaged": len(late),
         "episodes_cut": sum(r["cut"] for results in late for r in results),
+        "episodes_failed": sum(len(r.get("failed", ())) for e in evaluations for r in e["results"]),
         "best_single_evaluation": single,
     }
 
@@ -227,6 +228,11 @@ def end_run(
             end="",
         )
         print("steps, before their end: their returns are not whole (--episode-limit 0)")
+    if result["episodes_failed"]:
+        print(
+            f"{result['episodes_failed']} episodes ended by a failure of the environment, ", end=""
+        )
+        print("see failed in log.jsonl: their returns are not whole")
     if bad_steps:
         print(f"{bad_steps} steps were skipped: their loss or gradient was not finite")
     print(f"{seconds:.0f} s, of which {evaluating:.0f} s evaluating")

@@ -10,7 +10,6 @@ import importlib.util
 import json
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from functools import partial
 from inspect import signature
 from pathlib import Path
 
@@ -306,13 +305,6 @@ def make_env(spec, render_mode=None, **kwargs):
         raise UserError(f"{name} needs the module {module}: {why}") from error
     except Exception as error:  # gymnasium's and the environment's own kinds
         raise UserError(f"cannot make {name}: {first_line(error)}") from error
-
-
-def make_vector_env(environment, n, render_mode=None):
-    """n environments stepped together; an ended one starts anew by itself at its next step."""
-    from gymnasium.vector import SyncVectorEnv
-
-    return SyncVectorEnv([partial(make_env, environment.spec, render_mode)] * n)
 
 
 def normalised_score(environment, episode_return):

@@ -28,7 +28,6 @@ from tasks import (
     find_task,
     kitchen_rewards,
     make_env,
-    make_vector_env,
     normalised_score,
     pack,
     task_of_dataset,
@@ -87,7 +86,7 @@ def test_a_missing_package_is_named_with_the_command(monkeypatch, name, package)
 def test_an_environment_survives_packing(hopper):
     again = unpack(json.loads(json.dumps(pack(hopper))))
     assert again == hopper
-    a, b = (make_vector_env(e, 2).reset(seed=[1, 2])[0] for e in (hopper, again))
+    a, b = (evaluate.make_vector_env(e, 2).reset(seed=[1, 2])[0] for e in (hopper, again))
     np.testing.assert_array_equal(a, b)
 
 
@@ -265,7 +264,7 @@ def test_an_environment_need_not_know_how_to_render():
 def test_an_environment_is_never_made_for_a_screen():
     env = gym.make("Pendulum-v1", render_mode="rgb_array")
     environment, _ = find_environment(Task(), record(env, "test/drawn-v0", 1))
-    envs = make_vector_env(environment, 1)
+    envs = evaluate.make_vector_env(environment, 1)
     assert envs.envs[0].render_mode is None
 
 

@@ -1,0 +1,119 @@
+"""An environment that fails ends its own episode, and the others play on as if nothing were."""
+
+import json
+
+import gymnasium as gym
+import numpy as np
+import pytest
+import torch
+
+from evaluate import is_finite, rollout
+from tasks import Environment
+
+SETTINGS = {"context": 2, "scale": 1.0, "mode": "normal", "dtype": "fp32", "episode_limit": 0}
+STATS = torch.zeros(2), torch.ones(2)
+
+
+class Fragile(gym.Env):
+    """Ten steps of reward 1. What its seed says goes wrong: see `HOW`, by seed."""
+
+    observation_space = gym.spaces.Box(-np.inf, np.inf, (2,), float)
+    action_space = gym.spaces.Box(-1, 1, (1,))
+
+    def reset(self, *, seed=None, options=None):
+        if seed is not None:
+            self.how = HOW.get(seed)
+        self.t = 0
+        if self.how == "reset":
+            raise OSError("no such simulator")
+        return np.zeros(2), {}
+
+    def step(self, action):
+        self.t += 1
+        observation, reward = np.full(2, float(self.t)), 1.0
+        if self.t == 4:
+            if self.how == "raise":
+                raise RuntimeError("the physics exploded\nin two lines")
+            if self.how == "reward":
+                reward = float("nan")
+            if self.how == "observation":
+                observation[1] = np.inf
+        return observation, reward, False, self.t == 10, {}
+
+
+HOW = {51: "raise", 52: "reward", 53: "observation", 54: "reset"}
+gym.register("test/Fragile-v0", entry_point="tests.test_guard:Fragile")
+
+
+class Still(torch.nn.Module):
+    def observe(self, rtg, obs, timestep):
+        assert torch.isfinite(obs).all()
+        return torch.zeros(len(rtg), 1, 2, 4)
+
+    def remember(self, act, timestep):
+        return torch.zeros(len(act), 1, 1, 4)
+
+    def act(self, tokens):
+        return tokens[:, -1, :1]
+
+
+@pytest.fixture
+def fragile(monkeypatch):
+    spec = gym.spec("test/Fragile-v0")
+    monkeypatch.setattr(spec, "entry_point", Fragile)  # wherever this file is imported from
+    monkeypatch.setattr("tasks.load_env_creator", lambda entry: entry)
+    return Environment(spec, Fragile.observation_space, Fragile.action_space, None, None)
+
+
+def test_a_failing_episode_ends_alone_and_is_named(fragile):
+    first, second = rollout(Still(), fragile, SETTINGS, STATS, [1.0, 2.0], 6, seed=50)
+    for result in (first, second):
+        assert result["returns"] == [10.0, 3.0, 3.0, 3.0, 0.0, 10.0]
+        assert result["lengths"] == [10, 4, 4, 4, 1, 10]
+        assert result["failed"] == [
+            "episode 4, step 0: reset raised OSError: no such simulator",
+            "episode 1, step 3: raised RuntimeError: the physics exploded",
+            "episode 2, step 3: gave an observation or a reward (nan) that is not finite",
+            "episode 3, step 3: gave an observation or a reward (1.0) that is not finite",
+        ]
+        assert result["cut"] == 0
+        assert json.loads(json.dumps(result)) == result
+
+
+def test_sound_episodes_are_told_as_such(fragile):
+    (result,) = rollout(Still(), fragile, SETTINGS, STATS, [1.0], 3, seed=0)
+    assert result["returns"] == [10.0] * 3
+    assert result["failed"] == []
+
+
+def test_a_stop_is_no_failure_of_the_environment(fragile, monkeypatch):
+    def interrupted(self, action):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Fragile, "step", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        rollout(Still(), fragile, SETTINGS, STATS, [1.0], 1)
+
+
+@pytest.mark.parametrize(
+    ("observation", "finite"),
+    [
+        (np.zeros(3), True),
+        (np.array([0.0, np.nan]), False),
+        (np.zeros((4, 4), np.uint8), True),
+        (7, True),
+        (float("inf"), False),
+        ({"a": np.zeros(2), "b": (np.zeros(1), {"c": np.array([np.inf])})}, False),
+        ({"a": np.zeros(2), "b": (np.zeros(1), {"c": "words"})}, True),
+    ],
+)
+def test_finite_is_meant_of_every_number(observation, finite):
+    assert is_finite(observation) == finite
+
+
+def test_a_run_counts_them(fragile, monkeypatch, tmp_path, capsys):
+    import run_folder
+
+    results = rollout(Still(), fragile, SETTINGS, STATS, [1.0], 6, seed=50)
+    evaluations = [{"step": 1, "results": results}, {"step": 10, "results": results}]
+    assert run_folder.final_result(evaluations, 10)["episodes_failed"] == 8
