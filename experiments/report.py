@@ -263,7 +263,7 @@ def report_text(cells, remarks, aggregates, drawn, paper, command):
     text = ["# Report", "", f"{n_runs} runs; language models: {', '.join(lms) or 'none'}.", ""]
     text += [
         "A run's score is its best target's mean over the evaluations in the last 20 % of the "
-        f"steps. A cell is mean ± standard deviation over {usual} seeds, where it does not say "
+        f"steps. A cell is mean ± standard deviation over seeds, {usual} where it does not say "
         "otherwise; **bold** is a line's best mean. *Paper* is arXiv 2310.20587's figure: other "
         "data (D4RL v2, DQN replay) and GPT-2 small or medium, so it compares in kind only. "
         "The last column is the mean return of the data themselves, as a score.",
