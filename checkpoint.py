@@ -4,12 +4,14 @@ A checkpoint holds what was trained, and no frozen language model: it names that
 is read only on top of the same weights. Nothing in it is code.
 """
 
+import math
 from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
 
 from embeddings import ZERO
+from files import load_tensors
 from load_gpt2 import find_config, fingerprint, load_gpt2
 from lora import inject_lora, mark_trainable
 from model import GPT, LaMo
@@ -22,6 +24,45 @@ READERS = {  # of each format, the command that lets its checkpoints act
     FORMAT: "python evaluate.py",
     "lamo-baseline-1": "python -m experiments.baselines --evaluate",
 }
+
+
+KINDS = {  # of the settings that a checkpoint must have, to be built and to act
+    "env": str,
+    "method": str,
+    "lm": str,
+    "pretrained": bool,
+    "train": str,
+    "embed": str,
+    "mode": str,
+    "dtype": str,
+    "targets": list,
+    **dict.fromkeys(("seed", "max_ep_len", "lora_rank", "context"), int),
+    **dict.fromkeys(("episodes", "episode_limit"), int),
+    **dict.fromkeys(("lora_alpha", "lora_dropout", "dropout", "lm_coef", "scale"), (int, float)),
+}
+MOST = {"context": 10_000, "episodes": 10_000, "episode_limit": 10**9}  # that may be asked for
+
+
+def check_settings(path, checkpoint):
+    """Raises UserError for settings that no run of train.py's can have had with such tensors."""
+    settings = checkpoint["settings"]
+    widest = max([1, *(n for tensor in checkpoint["model"].values() for n in tensor.shape)])
+    most = MOST | {"max_ep_len": widest}
+    if settings.get("train") == "lora":
+        most["lora_rank"] = widest
+    for name, kind in KINDS.items():
+        value = settings.get(name)
+        sound = isinstance(value, kind)
+        if sound and type(value) in (int, float):
+            sound = math.isfinite(value) and 0 <= value <= most.get(name, 2**63)
+        if name == "targets" and sound:
+            sound = all(type(x) in (int, float) and math.isfinite(x) for x in value) and value
+        if not sound:
+            shown = str(value)[:40]
+            raise UserError(f"{path} has the setting {name} {shown}, which cannot be: damaged")
+    for name in ("context", "max_ep_len", "episodes", "scale"):
+        if settings[name] == 0:
+            raise UserError(f"{path} has the setting {name} 0, which cannot be: damaged")
 
 
 def build_model(settings, environment):
@@ -85,7 +126,7 @@ def read_checkpoint(path, expected=FORMAT):
     if Path(path).is_dir():
         raise UserError(f"{path} is a folder; give the ckpt.pt or best.pt in it")
     try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        checkpoint = load_tensors(path)
     except FileNotFoundError as error:
         raise UserError(f"there is no checkpoint {path}; train.py prints where it is") from error
     except Exception as error:  # truncated zip, pickled code, a folder: torch.load has many kinds
@@ -102,6 +143,8 @@ def read_checkpoint(path, expected=FORMAT):
         wrong = [name for name, t in checkpoint["model"].items() if not torch.is_tensor(t)]
     if wrong or checkpoint["obs_mean"].shape != checkpoint["obs_std"].shape:
         raise UserError(f"{path} lacks {', '.join(wrong) or 'obs_std'} as it should be: damaged")
+    if expected == FORMAT:
+        check_settings(path, checkpoint)
     try:
         checkpoint["environment"] = unpack(checkpoint["environment"])
     except Exception as error:  # of JSON, gymnasium and Minari
@@ -118,6 +161,10 @@ def load_model(path, checkpoint):
     settings, train = checkpoint["settings"], checkpoint["settings"]["train"]
     if train == "all":  # nothing of the base is left: only its shape matters
         settings = settings | {"pretrained": False}
+        with torch.device("meta"):
+            needed = sum(p.numel() for p in GPT(find_config(settings["lm"])).parameters())
+        if needed > sum(tensor.numel() for tensor in checkpoint["model"].values()):
+            raise UserError(f"{path} is not all of a {settings['lm']}; it is damaged")
     model, base = build_model(settings, checkpoint["environment"])
     if train != "all" and base["sha256"] != checkpoint["base"]["sha256"]:
         raise UserError(
@@ -138,4 +185,6 @@ def load_trained(model, state, train, path):
         if tensor.shape != parameters[name].shape:
             found, expected = tuple(tensor.shape), tuple(parameters[name].shape)
             raise UserError(f"{path}: {name} is {found}, expected {expected}")
+        if not tensor.is_floating_point() or not tensor.isfinite().all():
+            raise UserError(f"{path}: {name} holds what is no finite number; it is damaged")
         parameters[name].data.copy_(tensor)

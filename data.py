@@ -2,6 +2,7 @@
 
 import io
 import json
+import math
 import os
 import shutil
 import tempfile
@@ -15,8 +16,9 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
+from files import check_hdf5, check_memory, locked, read_json
 from plumbing import UserError, first_line, network_available
-from spaces import FRAME, encode_actions, flatten, is_picture, observation_shape, shrink
+from spaces import FRAME, encode_actions, flatten, is_picture, observation_shape, read_space, shrink
 from windows import Trajectories
 
 BUNDLED = Path(__file__).parent / "assets" / "minari"  # datasets that come with the project
@@ -125,11 +127,26 @@ def check_no_part(path):
 
 
 def read_dataset(folder):
-    """The MinariDataset in a folder. Raises UserError for one that is damaged."""
+    """The MinariDataset in a folder. Raises UserError for one that is damaged or says too much."""
     import minari
 
+    data = folder / "data"
     try:
-        return minari.MinariDataset(folder / "data")
+        metadata = read_json(data / "metadata.json")
+        for kind in ("observation_space", "action_space"):
+            if kind in metadata:
+                read_space(metadata[kind])
+        if (data / "main_data.hdf5").exists():
+            check_hdf5(data / "main_data.hdf5")
+            with h5py.File(data / "main_data.hdf5") as file:
+                there = len(file)
+        else:
+            there = sum(path.is_dir() for path in data.iterdir())
+        if int(metadata["total_episodes"]) > there:
+            raise UserError(f"{folder} holds {there} episodes, not {metadata['total_episodes']}")
+        return minari.MinariDataset(data)
+    except UserError:
+        raise
     except Exception as error:  # Minari raises many kinds
         raise UserError(f"{folder} is no readable Minari dataset: {first_line(error)}") from error
 
@@ -151,13 +168,13 @@ def download_dataset(name, local):
     """Download a Minari dataset into folder `local`, whole or not at all. Returns where it is."""
     import minari
 
-    local.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=local, prefix=".download-") as aside:
-        with minari_folder(aside):  # Minari itself downloads in place
-            minari.download_dataset(name)
-        if not is_dataset(local / name):  # else another process was faster
+    with locked(local / name):
+        if is_dataset(local / name):  # another process was faster
+            return local / name
+        with tempfile.TemporaryDirectory(dir=local, prefix=".download-") as aside:
+            with minari_folder(aside):  # Minari itself downloads in place
+                minari.download_dataset(name)
             shutil.rmtree(local / name, ignore_errors=True)  # what an interrupted one left
-            (local / name).parent.mkdir(parents=True, exist_ok=True)
             os.rename(Path(aside) / name, local / name)
     return local / name
 
@@ -165,18 +182,21 @@ def download_dataset(name, local):
 # --- from a dataset to tensors --------------------------------------------------------------------
 
 
-def read_frames(pictures):
+def read_frames(shape, pictures):
     """Pictures of an episode -> frames (T + 1, 84, 84) uint8, a few pictures in memory at a time.
 
-    pictures: (T + 1, H, W[, 1 or 3]) bytes, or T + 1 rows of a JPEG's bytes; an array or an HDF5
-    dataset.
+    shape: (H, W[, 1 or 3]) of a picture; pictures: (T + 1, *shape) bytes, or T + 1 rows of a JPEG's
+    bytes; an array or an HDF5 dataset. Raises UserError for pictures of another size.
     """
     jpeg = pictures.ndim < 3
     frames = np.empty((len(pictures), FRAME, FRAME), np.uint8)
     for i in range(0, len(pictures), PICTURES_AT_A_TIME):
         part = pictures[i : i + PICTURES_AT_A_TIME]
         if jpeg:
-            part = np.stack([np.asarray(Image.open(io.BytesIO(picture))) for picture in part])
+            part = [Image.open(io.BytesIO(picture)) for picture in part]
+            if wrong := [picture.size for picture in part if picture.size != (shape[1], shape[0])]:
+                raise UserError(f"a picture is {wrong[0]} wide and high, not as {shape} says")
+            part = np.stack([np.asarray(picture) for picture in part])  # only now are they decoded
         frames[i : i + PICTURES_AT_A_TIME] = shrink(part)
     return frames
 
@@ -207,11 +227,13 @@ def read_episodes(dataset, indices, rewards=None):
             with h5py.File(Path(dataset.spec.data_path) / "main_data.hdf5") as file:
                 for i in indices.tolist():
                     episode = file[f"episode_{i}"]
-                    frames = read_frames(episode["observations"])
+                    frames = read_frames(space.shape, episode["observations"])
                     ended = bool(episode["terminations"][-1:].any())
                     yield frames, episode["actions"][()], episode["rewards"][()], ended
         else:
-            read = read_frames if is_picture(space) else partial(flatten, space)
+            read = partial(read_frames, space.shape)
+            if not is_picture(space):
+                read = partial(flatten, space)
             for episode in dataset.iterate_episodes(indices):
                 earned = rewards(episode.observations) if rewards else episode.rewards
                 ended = bool(episode.terminations[-1:].any())
@@ -275,7 +297,11 @@ def load_trajectories(
     with readable(dataset):
         lengths = [int(m["total_steps"]) for m in dataset.storage.get_episode_metadata(chosen)]
     N, frames = sum(lengths), is_picture(space)
+    if min(lengths) < 0:
+        raise UserError(f"{what}: an episode says it has {min(lengths)} steps")
     # all memory at once: a million frames are 7 GB, and there must be no second copy of them
+    row = math.prod(observation_shape(space)) * (1 if frames else 4)
+    check_memory((N + keep) * (row + 64), f"{what}: its {N:,} steps")  # 64: of the smaller tensors
     obs = np.empty((N, *observation_shape(space)), np.uint8 if frames else np.float32)
     last_obs = np.empty((keep, *obs.shape[1:]), obs.dtype)
     act, rtg, reward, timestep, end, terminated, returns = [], [], [], [], [], [], []

@@ -35,7 +35,7 @@ from spaces import (
     observation_shape,
     shrink,
 )
-from tasks import make_env, normalised_score
+from tasks import make_env, normalised_score, trust
 from text import find_text, get_encoding, tokenise
 from watch import Gif, Mp4, film, map_attention
 from windows import STACK
@@ -275,6 +275,7 @@ def main():
         help=f"environment seed of the first episode (default {SEED}, as in training)",
     )
     add("--lm", help="where the language model's weights are (default: as in training)")
+    add("--env-module", help="a module of yours that the environment is in: it is imported")
     add("--device", default="auto", help="cuda or cpu (default: cuda if there is one)")
     add("--json", action="store_true", help="print one JSON object instead of a table")
     add("--video", metavar="MP4", help="film an episode under each target")
@@ -287,6 +288,7 @@ def main():
     args = parser.parse_args()
     check_mode(args)
     check_numbers(vars(args), may_be_zero=("seed", "target", "episode_limit", "at"))
+    trust(args.env_module)
     checkpoint = read_checkpoint(args.checkpoint)
     settings, step = checkpoint["settings"], checkpoint["step"]
     if args.env and args.env != settings["env"]:

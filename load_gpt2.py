@@ -11,11 +11,13 @@ every tensor of the file is used or checked: what is missing, left over or missh
 import hashlib
 import json
 import math
+import zipfile
 from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
 
+from files import load_tensors, read_json, write_atomically
 from model import GPT, GPTConfig, text_loss
 from plumbing import (
     Parser,
@@ -25,7 +27,6 @@ from plumbing import (
     first_line,
     network_available,
     run_command,
-    write_atomically,
 )
 
 HUB = {  # name: (repository, config); sizes: Radford et al. 2019, table 2; DistilGPT2's card
@@ -100,7 +101,12 @@ def read_tensors(path):
             with safe_open(path, framework="pt") as file:
                 names = file.keys()
                 return {name: file.get_tensor(name) for name in names}, file.metadata() or {}
-        tensors = torch.load(path, map_location="cpu", weights_only=True)
+        if not zipfile.is_zipfile(path):  # before PyTorch 1.6, with sizes that nothing checks
+            why = "nor torch.save's: transformers' save_pretrained writes .safetensors"
+            raise UserError(f"{path} is not a .safetensors file, {why}")
+        tensors = load_tensors(path)
+    except UserError:
+        raise
     except Exception as error:  # of many kinds, for as many kinds of damage; code is refused here
         why = "damaged, or it holds something other than tensors"
         raise UserError(f"{path} is no readable .safetensors or .bin file: {why}") from error
@@ -128,9 +134,9 @@ def read_config(path, tensors, metadata):
             said = dict(json.loads(metadata["config"]))
         elif (path.parent / "config.json").is_file():
             source = path.parent / "config.json"
-            said = dict(json.loads(source.read_text()))
+            said = read_json(source)
             block_size = said.get("n_positions", block_size)
-    except (ValueError, TypeError) as error:
+    except (OSError, ValueError, TypeError, RecursionError) as error:
         raise UserError(f"the configuration in {source} is no JSON object") from error
     for key, value in found.items():
         if said.get(key, value) != value:

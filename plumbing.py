@@ -1,7 +1,7 @@
-"""What every command here needs and no paper describes: one-line errors, whole files, the device.
+"""What commands need and no paper describes: one-line errors, flags, signals, the device.
 
 Nothing of LaMo is in this file. Read it last, when you want to know what `UserError`,
-`write_atomically` or `network_available` do exactly.
+`parse_flags` or `network_available` do exactly.
 """
 
 import argparse
@@ -10,18 +10,14 @@ import difflib
 import functools
 import importlib
 import inspect
-import io
-import json
 import math
 import os
 import re
 import signal
 import sys
-import tempfile
 import threading
 from dataclasses import fields
 from datetime import timedelta
-from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -60,12 +56,12 @@ def run_command(main):
 class StopSignals:
     """Holds SIGINT and SIGTERM back until a step is done; a second one acts at once.
 
-    From its making to `restore`, `number` is 0, or the signal's that came. Whoever has written what
-    is to be kept then ends with exit code 128 + number, as shells expect.
+    From its making to `restore`, `number` is 0, or the signal's that came; `what` is said then.
+    Whoever has written what is to be kept ends with exit code 128 + number, as shells expect.
     """
 
-    def __init__(self):
-        self.number, self.before = 0, {}
+    def __init__(self, what="stopping after this step"):
+        self.number, self.before, self.what = 0, {}, what
         if threading.current_thread() is threading.main_thread():  # others cannot have handlers
             for number in (signal.SIGINT, signal.SIGTERM):
                 self.before[number] = signal.signal(number, self.note)
@@ -73,7 +69,7 @@ class StopSignals:
     def note(self, number, frame):
         self.number = number
         self.restore()
-        print("stopping after this step; once more to leave at once", file=sys.stderr, flush=True)
+        print(f"{self.what}; once more to leave at once", file=sys.stderr, flush=True)
 
     def restore(self):
         for number, handler in self.before.items():
@@ -159,6 +155,13 @@ def choose_dtype(device):
     return "bf16" if native else "fp32"
 
 
+def be_deterministic():
+    """Let PyTorch use only what gives the same bits each time; what cannot is an error of its."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when cuBLAS is first used
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # nothing here reads such memory
+
+
 def join_processes(device):
     """(rank, number of processes, device) of this process under torchrun; (0, 1, device) without.
 
@@ -240,54 +243,6 @@ def choose(kind, name, valid, more=""):
     near = difflib.get_close_matches(str(name), valid, n=1, cutoff=0.5)
     hint = f" Did you mean {near[0]}?" if near else ""
     raise UserError(f"unknown {kind} '{name}'; valid: {', '.join(valid)}.{more}{hint}")
-
-
-def write_atomically(path, write):
-    """Call write(file) on a new binary file, flush it to disk, then rename it to `path`.
-
-    A reader sees the old file or the whole new one, never a part; on failure the old one stays.
-    Raises UserError when the folder cannot be written to or the disk is full.
-    """
-    path = Path(path)
-    temporary = None
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-        with os.fdopen(handle, "w+b") as file:
-            write(file)
-            file.flush()
-            os.fsync(handle)
-        umask = os.umask(0)
-        os.umask(umask)
-        os.chmod(temporary, 0o666 & ~umask)  # mkstemp makes files that only their owner can read
-        os.replace(temporary, path)
-        temporary = None
-    except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror or error}") from error
-    finally:
-        if temporary is not None:
-            Path(temporary).unlink(missing_ok=True)
-
-
-def save_tensors(path, content):
-    """torch.save of a dictionary, whole or not at all (see write_atomically)."""
-    buffer = io.BytesIO()  # written directly, torch.save reports a full disk as no error of it
-    torch.save(content, buffer)
-    write_atomically(path, lambda file: file.write(buffer.getbuffer()))
-
-
-def check_writable(folder, flag):
-    """Raises UserError, naming the flag, if nothing could be written in `folder` (made or not)."""
-    parents = (Path(folder) / "file").absolute().parents
-    existing = next(p for p in parents if os.path.exists(p))  # Path.exists may raise, for EACCES
-    if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
-        raise UserError(f"{flag} {folder}: {existing} is not a folder that can be written to")
-
-
-def write_json(path, content):
-    """Write a dictionary as indented JSON, whole or not at all (see write_atomically)."""
-    text = json.dumps(content, indent=1) + "\n"
-    write_atomically(path, lambda file: file.write(text.encode()))
 
 
 @functools.cache

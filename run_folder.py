@@ -9,19 +9,69 @@ result.json    the run's score
 
 import json
 import os
+import platform
+import re
+import subprocess
 import sys
 import textwrap
 import time
+from functools import partial
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import torch
 
-from plumbing import UserError, save_tensors, write_json
+from files import load_tensors, read_json, save_tensors, write_json
+from plumbing import UserError
 from tasks import normalised_score
 
 RESUME, FORMAT = "resume.pt", "lamo-resume-1"  # the file --resume goes on from, and what it is
 SAVED = {"log_bytes", "step", "model", "optimiser", "processes", "summed", "evaluations"}
 SAVED |= {"best_score", "seconds", "evaluating", "bad_steps"}  # what is in it
+PACKAGES = ("torch", "numpy", "minari", "gymnasium", "mujoco", "gymnasium-robotics", "ale-py")
+PACKAGES += ("h5py", "safetensors", "tiktoken")  # whose versions are recorded
+
+
+def code_version():
+    """The git commit of this code, and whether it was changed since; None where git knows neither.
+
+    Files that git does not track are not looked at.
+    """
+    here = Path(__file__).resolve().parent
+    git = partial(subprocess.run, cwd=here, capture_output=True, text=True, check=True, timeout=10)
+    try:
+        top = git(["git", "rev-parse", "--show-toplevel", "HEAD"]).stdout.split("\n")
+        if Path(top[0]).resolve() != here:  # the repository of something around it
+            return {"commit": None, "dirty": None}
+        changed = git(["git", "status", "--porcelain", "--untracked-files=no"]).stdout
+    except (OSError, subprocess.SubprocessError):
+        return {"commit": None, "dirty": None}
+    return {"commit": top[1], "dirty": bool(changed)}
+
+
+def package_versions():
+    """Versions of Python and of the packages that numbers depend on; None: not installed."""
+    versions = {"python": sys.version.split()[0]}
+    for package in PACKAGES:
+        try:
+            versions[package] = version(package)
+        except PackageNotFoundError:
+            versions[package] = None
+    return versions | {"torch": torch.__version__}  # with what it was built for
+
+
+def machine_of(device):
+    """What computes: its name, and for a CPU its instructions and the number of threads."""
+    device = torch.device(device)
+    if device.type == "cuda":
+        return {"device": str(device), "name": torch.cuda.get_device_name(device)}
+    name = platform.processor() or platform.machine()
+    if Path("/proc/cpuinfo").is_file():
+        models = re.findall(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
+        name = models[0] if models else name
+    capability = torch.backends.cpu.get_cpu_capability()
+    machine = {"device": str(device), "name": name, "instructions": capability}
+    return machine | {"threads": torch.get_num_threads()}
 
 
 def make_run_folder(settings):
@@ -74,10 +124,13 @@ def begin_run(settings, environment, notes, data, model, base, world):
             "return_mean": float(mean),
             "return_std": float(std),
             "score": float(score),
+            "dataset": data.dataset_id,
             "sha256": data.digest(),
         },
         "processes": world,
-        "versions": {"torch": torch.__version__, "python": sys.version.split()[0]},
+        "versions": package_versions(),
+        "machine": machine_of(settings["device"]),
+        "git": code_version(),
     }
     write_json(folder / "config.json", config)
     return folder
@@ -96,7 +149,7 @@ def read_run(path, typed):
     if (folder / "result.json").is_file():
         raise UserError(f"{folder} is finished; its score is in {folder / 'result.json'}")
     try:
-        begun = json.loads((folder / "config.json").read_text())
+        begun = read_json(folder / "config.json")
         begun["chosen"], begun["data"]["sha256"], begun["processes"]
         if "algo" in begun["settings"]:
             raise UserError(f"{folder} is a baseline's run, which cannot go on; begin it anew")
@@ -107,7 +160,7 @@ def read_run(path, typed):
     if not (folder / RESUME).is_file():
         return begun, None
     try:
-        saved = torch.load(folder / RESUME, map_location="cpu", weights_only=True)
+        saved = load_tensors(folder / RESUME)
     except Exception as error:  # torch.load has many kinds
         raise UserError(f"{folder / RESUME} is damaged; delete it to start the run anew") from error
     if not isinstance(saved, dict) or saved.get("format") != FORMAT or SAVED - saved.keys():
@@ -128,6 +181,8 @@ def continue_run(path, begun, saved, data, base, world):
         raise UserError(f"{folder} was begun on other data than are found now: {was}")
     if begun["base"]["sha256"] != base["sha256"]:
         raise UserError(f"{folder} was begun on other weights of {begun['base']['lm']}")
+    if begun["base"].get("text") != base["text"]:
+        raise UserError(f"{folder} was begun on another text: {begun['chosen']['text']}")
     length = saved["log_bytes"] if saved else 0
     log = folder / "log.jsonl"
     if log.is_file():
@@ -138,12 +193,24 @@ def continue_run(path, begun, saved, data, base, world):
         for unfinished in folder.glob(f".{name}.*"):  # a kill interrupted the writing of it
             unfinished.unlink()
     print(f"going on with {folder} after step {saved['step'] if saved else 0}", flush=True)
+    now = {"versions": package_versions(), "machine": machine_of(begun["settings"]["device"])}
+    now["git"] = code_version()
+    for kind, values in now.items():
+        before = begun.get(kind, {})
+        for name in [name for name in values if before.get(name) != values[name]]:
+            what = f"{name} {before.get(name)} when it was begun, {values[name]} now"
+            print(f"{kind:13} {what}: it may not end with the same bits", flush=True)
     return folder
 
 
 def save_run(folder, **state):
     """Write what --resume goes on from. After a kill, the log is cut back to here."""
-    length = (folder / "log.jsonl").stat().st_size
+    try:
+        with open(folder / "log.jsonl", "ab") as log:
+            os.fsync(log.fileno())  # a lost row must not be one that is counted on
+            length = log.tell()
+    except OSError as error:
+        raise UserError(f"cannot write {folder / 'log.jsonl'}: {error.strerror}") from error
     save_tensors(folder / RESUME, {"format": FORMAT, "log_bytes": length} | state)
 
 

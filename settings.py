@@ -9,11 +9,11 @@ import shutil
 from dataclasses import asdict
 
 from data import choose_targets
+from files import check_writable
 from load_gpt2 import find_weights, is_cached
 from plumbing import (
     UserError,
     check_numbers,
-    check_writable,
     choose,
     choose_device,
     choose_dtype,

@@ -5,6 +5,7 @@ Observations become flat vectors or, if they are pictures, small grey frames. Ac
 in [-1, 1] or, if they are choices, indices from 0. Leading dimensions (a batch, time) are kept.
 """
 
+import json
 import math
 from functools import cache
 
@@ -18,6 +19,32 @@ FRAME = 84  # rows and columns of a frame (Mnih et al. 2015, doi 10.1038/nature1
 GREY = (299, 587, 114)  # red, green and blue in 1000 parts of luma (ITU-R BT.601)
 SMALLEST_PICTURE = 32  # rows and columns; smaller arrays of bytes are no pictures (Minari's rule)
 LONGEST_VECTOR = 10_000  # numbers of a flat observation; more is no vector by intention
+MOST_NUMBERS = 1 << 24  # of one part of an observation, pictures too, that a file may describe
+
+
+def read_space(text):
+    """A gymnasium space from the JSON that Minari writes of it.
+
+    Raises UserError for one of absurd size, before it is made, and what JSON, gymnasium and Minari
+    raise for one that makes no sense.
+    """
+    from minari.serialization import deserialize_space
+
+    told = json.loads(text) if isinstance(text, str) else text
+
+    def check(part):
+        for value in part.values() if isinstance(part, dict) else part:
+            if isinstance(value, (dict, list)):
+                check(value)
+        if isinstance(part, dict):
+            shape = part.get("shape", [])
+            n = part.get("n", 0)
+            sizes = [math.prod(shape), *(n if isinstance(n, list) else [n])]
+            if max(sizes) > MOST_NUMBERS:
+                raise UserError(f"a space of {max(sizes)} numbers or choices is not supported")
+
+    check(told)
+    return deserialize_space(told)
 
 
 # --- observations --------------------------------------------------------------------------------
@@ -158,10 +185,15 @@ def is_choice(space):
 
 def action_size(space):
     """A, numbers in an action, or n, its choices. Raises UserError for any other kind of space."""
+    size = None
     if is_choice(space):
-        return int(space.n)
-    if isinstance(space, gym.spaces.Box) and np.issubdtype(space.dtype, np.floating):
-        return math.prod(space.shape)
+        size = int(space.n)
+    elif isinstance(space, gym.spaces.Box) and np.issubdtype(space.dtype, np.floating):
+        size = math.prod(space.shape)
+    if size is not None and size <= LONGEST_VECTOR:
+        return size
+    if size is not None:
+        raise UserError(f"actions {space} are {size}, more than the {LONGEST_VECTOR} supported")
     raise UserError(f"actions {space} are neither numbers (Box) nor one choice (Discrete)")
 
 

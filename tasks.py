@@ -7,7 +7,6 @@ any other Minari dataset by --dataset. What a row leaves None then comes from th
 """
 
 import importlib.util
-import json
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from inspect import signature
@@ -18,7 +17,7 @@ import numpy as np
 from gymnasium.envs.registration import EnvSpec, load_env_creator
 
 from plumbing import UserError, choose, first_line
-from spaces import action_size, check_fit, observation_shape
+from spaces import action_size, check_fit, observation_shape, read_space
 
 GOAL_DISTANCE = 0.3  # below this a kitchen's sub-task is complete (gymnasium-robotics)
 QUALITIES = ("simple", "medium", "expert")  # of Minari's MuJoCo datasets
@@ -214,6 +213,7 @@ def task_of_dataset(name):
 
 # --- environments --------------------------------------------------------------------------------
 
+TRUSTED = {"gymnasium", "gymnasium_robotics", "ale_py", "minigrid", "reacher2d"}  # to be imported
 PACKAGES = {  # modules of well-known environments, and what pip calls them
     "gymnasium_robotics": "gymnasium-robotics",
     "ale_py": "ale-py",
@@ -274,11 +274,30 @@ def find_environment(task, dataset):
     return Environment(spec, dataset.observation_space, done, random, expert), note
 
 
+def trust(module):
+    """Let environments of a module be made, for the user names it: --env-module."""
+    TRUSTED.add(module)
+
+
+def check_trusted(name, entry_point):
+    """Raises UserError unless an entry point, "module:Class", may be imported and made."""
+    if not isinstance(entry_point, str):  # registered in this process
+        return
+    module = entry_point.partition(":")[0]
+    package = module.partition(".")[0]
+    if package not in TRUSTED and module not in TRUSTED:
+        why = "importing it runs its code; if you trust it, add"
+        raise UserError(f"{name} is in the module {module}; {why} --env-module {module}")
+    if entry_point.endswith(":RecordVideo"):
+        raise UserError(f"{name} would write videos where its maker says; take that wrapper out")
+
+
 def make_env(spec, render_mode=None, **kwargs):
     """One environment, of an EnvSpec or an id. It draws only what render_mode says, see Gymnasium.
 
-    A spec may come from a stranger's file, so what it names must be an environment, and its
-    wrappers wrappers. Raises UserError, with what helps, where it cannot be made.
+    A spec may come from a stranger's file. So what it names must be an environment, its wrappers
+    wrappers, and both in a module of TRUSTED, for importing a module runs it. Raises UserError,
+    with what helps, where it cannot be made.
     """
     name = getattr(spec, "id", spec)
     try:
@@ -286,6 +305,7 @@ def make_env(spec, render_mode=None, **kwargs):
             parts = [(spec.entry_point, gym.Env)]
             parts += [(wrapper.entry_point, gym.Wrapper) for wrapper in spec.additional_wrappers]
             for entry_point, kind in parts:
+                check_trusted(name, entry_point)
                 made_by = load_env_creator(entry_point)
                 if not (isinstance(made_by, type) and issubclass(made_by, kind)):
                     raise UserError(f"{name} is not an environment: it names {entry_point}")
@@ -330,12 +350,10 @@ def pack(environment):
 
 def unpack(packed):
     """The Environment that `pack` made text of."""
-    from minari.serialization import deserialize_space
-
     return Environment(
         EnvSpec.from_json(packed["spec"]),
-        deserialize_space(json.loads(packed["observation_space"])),
-        deserialize_space(json.loads(packed["action_space"])),
+        read_space(packed["observation_space"]),
+        read_space(packed["action_space"]),
         packed["random"],
         packed["expert"],
     )

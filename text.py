@@ -12,7 +12,8 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from plumbing import UserError, first_line, network_available, write_atomically
+from files import locked, write_atomically
+from plumbing import UserError, first_line, network_available
 
 WIKITEXT = "Salesforce/wikitext"  # on the hub: WikiText-103 (Merity et al. 2017), raw, CC BY-SA
 WIKITEXT_FILES = [f"wikitext-103-raw-v1/train-0000{i}-of-00002.parquet" for i in range(2)]
@@ -111,7 +112,9 @@ def find_text(corpus, byte_level):
             except Exception as error:  # the hub client's and its transport's errors alike
                 why = f"WikiText-103 could not be downloaded ({first_line(error)})"
             else:
-                write_atomically(wikitext, lambda file: parquet_to_text(files, file))
+                with locked(wikitext):
+                    if not wikitext.is_file():
+                        write_atomically(wikitext, lambda file: parquet_to_text(files, file))
                 return wikitext, f"WikiText-103 from the hub, kept as {wikitext}"
         else:
             why = "WikiText-103 is not cached and there is no network"
@@ -158,15 +161,27 @@ def tokenise(path, encoding):
         bar = tqdm(total=size, unit="B", unit_scale=True, desc=name, delay=1)
         with bar, open(path, encoding="utf-8", newline="") as text:
             while chunk := text.read(CHUNK):
-                chunk += text.readline()  # cut at line ends, so that no word is cut
+                chunk += text.readline(CHUNK)  # cut at a line's end, so that no word is cut
                 file.write(np.array(encoding.encode_ordinary(chunk), np.uint16).tobytes())
                 bar.update(len(chunk.encode()))
 
-    if not cached.exists():
-        try:
-            write_atomically(cached, write)
-        except UnicodeDecodeError as error:
-            raise UserError(f"{path} is not UTF-8 text: {error.reason}") from error
+    def whole():
+        """Whether the tokens are there, and could be this encoding's."""
+        if not cached.is_file() or cached.stat().st_size in (0, 1) or cached.stat().st_size % 2:
+            return False
+        tokens = np.memmap(cached, np.uint16, mode="r")
+        return max(int(tokens[i : i + CHUNK].max()) for i in range(0, len(tokens), CHUNK)) < n_vocab
+
+    n_vocab = encoding.n_vocab
+    if not whole():
+        with locked(cached):
+            if not whole():  # another process was not faster
+                if cached.exists():
+                    print(f"{cached} is damaged, so {path.name} is tokenised again", flush=True)
+                try:
+                    write_atomically(cached, write)
+                except UnicodeDecodeError as error:
+                    raise UserError(f"{path} is not UTF-8 text: {error.reason}") from error
     return np.memmap(cached, np.uint16, mode="r")
 
 

@@ -10,6 +10,7 @@ import importlib.util
 import os
 import secrets
 
+from files import write_atomically
 from plumbing import UserError, first_line
 
 PACKAGES = {"tensorboard": "tensorboard", "wandb": "wandb"}  # flag -> what pip calls it
@@ -76,7 +77,7 @@ def begin_wandb(folder, config):
     except Exception as error:  # of its own kinds, and the network's
         how = "wandb login, or WANDB_MODE=offline, or leave --wandb out"
         raise UserError(f"W&B cannot begin ({first_line(error)}); {how}") from error
-    known.write_text(name + "\n")
+    write_atomically(known, lambda file: file.write(f"{name}\n".encode()))
     run.define_metric("*", step_metric="step")
     return run
 

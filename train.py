@@ -12,6 +12,7 @@ import math
 import time
 from collections import deque
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -21,23 +22,24 @@ from tqdm import tqdm
 from checkpoint import FORMAT, build_model, check_finite, load_trained, trained_state
 from data import find_dataset, load_trajectories
 from evaluate import rollout
+from files import save_tensors
 from lora import round_frozen
 from model import Objective
 from plumbing import (
     StopSignals,
     UserError,
     agree,
+    be_deterministic,
     check_same,
     choose_device,
     join_processes,
     leave_processes,
     parse_flags,
     run_command,
-    save_tensors,
 )
 from run_folder import append_to_log, begin_run, continue_run, end_run, read_run, save_run
 from settings import complete, presets, resolve, task_of_run
-from tasks import find_environment, pack
+from tasks import find_environment, pack, trust
 from text import check_text, find_text, get_encoding, sample_text, tokenise
 from trackers import Trackers, check_trackers
 from wiki_rl import fading, find_centres
@@ -55,6 +57,7 @@ class Config:
     # what to learn from
     dataset: str = "auto"  # Minari id or folder; auto: the task's, see data.find_dataset
     quality: str = "medium"  # of the task's dataset, where it has several: simple, medium or expert
+    env_module: str = ""  # a module of yours that the dataset's environment is in: it is imported
     lm: str = "auto"  # gpt2, gpt2-medium, gpt2-large, gpt2-xl, distilgpt2, mini, or weights' path
     corpus: str = "auto"  # wikitext, english (the Python manual), or a text file
     # the model
@@ -88,6 +91,7 @@ class Config:
     targets: list[float] = "auto"  # target returns
     # machine
     device: str = "auto"  # cuda or cpu; auto: cuda if there is one
+    deterministic: bool = False  # the same bits again on CUDA too, at some cost; a CPU's are
     dtype: str = "auto"  # autocast's: bf16 or fp32; auto: bf16 where the device multiplies it
     compile: bool = "auto"  # torch.compile the step; auto: on CUDA
     log_every: int = 100  # steps averaged into a row of the log
@@ -95,7 +99,7 @@ class Config:
     name: str = "auto"  # of that folder; auto: task, method, ratio, seed and time
     tensorboard: bool = False  # write the log's rows for TensorBoard, too; see trackers.py
     wandb: bool = False  # send them to Weights & Biases
-    resume: str = ""  # go on with this run's folder, as it was begun; takes no other flag
+    resume: str = ""  # go on with this run's folder, as begun; takes no other flag but env-module
 
 
 # --- before training -----------------------------------------------------------------------------
@@ -126,6 +130,7 @@ def prepare(settings, task, notes, device):
     model, base = build_model(settings, environment)
     if settings["dtype"] == "bf16" and settings["train"] != "all":
         round_frozen(model)
+    base["text"] = None
     if settings["lm_coef"] == 0:
         notes["text"] = "none, for lm_coef is 0"
         return environment, data, model.to(device), base, None
@@ -136,6 +141,7 @@ def prepare(settings, task, notes, device):
         raise UserError(f"{blocks}, but the model knows {longest}: use --lm-length {longest}")
     text_file, notes["text"] = find_text(settings["corpus"], encoding.name == "bytes")
     tokens = tokenise(text_file, encoding)
+    base["text"] = Path(tokens.filename).stem  # the text's SHA-256, and the encoding
     check_text(tokens, settings["lm_length"])
     return environment, data, model.to(device), base, tokens
 
@@ -145,14 +151,18 @@ def prepare(settings, task, notes, device):
 
 def main():
     typed = parse_flags(Config, "train.py", __doc__ + presets())
+    trust(typed.get("env_module"))
     begun = saved = None
     if path := typed.pop("resume", ""):
+        typed.pop("env_module", None)  # said again, for a run's folder may be a stranger's
         begun, saved = read_run(path, typed)
         settings, notes = begun["settings"], dict(begun["chosen"])
         task = task_of_run(settings)
     else:
         settings, task, notes = resolve(Config(), typed)
     check_trackers(settings)
+    if settings["deterministic"]:
+        be_deterministic()
     rank, world, device = join_processes(choose_device(settings["device"]))
     settings["device"] = str(device)
 

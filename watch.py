@@ -19,7 +19,8 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
-from plumbing import UserError, check_writable, first_line, write_atomically
+from files import check_writable, write_atomically
+from plumbing import UserError, first_line
 from run_folder import written
 from tasks import make_env
 

@@ -16,7 +16,8 @@ import math
 import torch
 import torch.nn.functional as F
 
-from plumbing import UserError, write_atomically
+from files import locked, write_atomically
+from plumbing import UserError
 from text import cache_folder
 
 CLUSTERS = 1000  # of word embeddings
@@ -36,6 +37,7 @@ def find_centres(wte):
     (centres (k, C) of length 1, a line on where they are from); they are kept in the cache, under
     the hash of wte. Raises UserError without scikit-learn.
     """
+    from safetensors import SafetensorError
     from safetensors.torch import load_file, save
 
     words = F.normalize(wte.detach().float().cpu(), dim=-1)  # (V, C)
@@ -43,14 +45,20 @@ def find_centres(wte):
         return words, f"the {len(words)} word embeddings themselves, for there are no more"
     digest = hashlib.sha256(words.numpy().tobytes()).hexdigest()[:32]
     file = cache_folder() / "centres" / f"{digest}-{CLUSTERS}.safetensors"
-    if not file.is_file():
-        try:
-            from sklearn.cluster import KMeans
-        except ImportError as error:
-            raise UserError("clusters need a package: pip install scikit-learn") from error
-        print(f"clustering {len(words)} word embeddings, once; it takes minutes", flush=True)
-        found = KMeans(CLUSTERS, n_init=1, random_state=0).fit(words.numpy())
-        centres = F.normalize(torch.from_numpy(found.cluster_centers_).float(), dim=-1)
-        write_atomically(file, lambda out: out.write(save({"centres": centres})))
-    centres = load_file(file)["centres"]
+    with locked(file):
+        if not file.is_file():
+            try:
+                from sklearn.cluster import KMeans
+            except ImportError as error:
+                raise UserError("clusters need a package: pip install scikit-learn") from error
+            print(f"clustering {len(words)} word embeddings, once; it takes minutes", flush=True)
+            found = KMeans(CLUSTERS, n_init=1, random_state=0).fit(words.numpy())
+            centres = F.normalize(torch.from_numpy(found.cluster_centers_).float(), dim=-1)
+            write_atomically(file, lambda out: out.write(save({"centres": centres})))
+    try:
+        centres = load_file(file)["centres"]
+    except (SafetensorError, KeyError) as error:
+        raise UserError(f"{file} is damaged; delete it, and it is made again") from error
+    if centres.shape != (CLUSTERS, words.shape[1]):
+        raise UserError(f"{file} is damaged; delete it, and it is made again")
     return centres, f"{CLUSTERS} clusters of {len(words)} word embeddings, in {file}"

@@ -18,23 +18,23 @@ import torch
 import torch.nn as nn
 from tqdm import tqdm
 
-from checkpoint import read_checkpoint
+from checkpoint import check_finite, read_checkpoint
 from data import find_dataset, load_trajectories
 from evaluate import print_table, rollout
+from files import check_writable, save_tensors
 from plumbing import (
+    StopSignals,
     UserError,
     check_numbers,
-    check_writable,
     choose,
     choose_device,
     parse_flags,
     run_command,
-    save_tensors,
 )
 from run_folder import append_to_log, begin_run, end_run
 from settings import choose_task, limit_episodes
 from spaces import action_size, is_choice, is_picture, observation_shape
-from tasks import find_environment, pack
+from tasks import find_environment, pack, trust
 from trackers import Trackers, check_trackers
 from windows import STACK
 
@@ -66,6 +66,7 @@ class Config:
     seed: int = 0  # of the data subset, the weights and batches
     dataset: str = "auto"  # Minari id or folder; auto: the task's, see data.find_dataset
     quality: str = "medium"  # of the task's dataset, where it has several: simple, medium or expert
+    env_module: str = ""  # a module of yours that the dataset's environment is in: it is imported
     evaluate: str = ""  # do not train: let this checkpoint act
     # the algorithm; auto: the rows of experiments/algorithms.py
     layers: int = "auto"  # hidden layers of 256 units
@@ -259,6 +260,8 @@ def train(typed):
     trackers = Trackers(settings, folder, settings | notes)
 
     def save(name):
+        state = {n: t.detach().cpu().clone() for n, t in actor.state_dict().items()}
+        check_finite(state, step)
         checkpoint = {
             "format": FORMAT,
             "settings": settings,
@@ -266,7 +269,7 @@ def train(typed):
             "base": {},
             "environment": pack(environment),
             "step": step,
-            "model": {n: t.detach().cpu().clone() for n, t in actor.state_dict().items()},
+            "model": state,
             "obs_mean": data.obs_mean.cpu(),
             "obs_std": data.obs_std.cpu(),
         }
@@ -277,6 +280,7 @@ def train(typed):
     totals = {}  # of each loss since the last row of the log: its sum and its count
     started, evaluating = time.time(), 0.0
     bar = tqdm(total=settings["steps"], desc="training", mininterval=1)
+    stop = StopSignals()
     for step in range(1, settings["steps"] + 1):
         batch = sample_transitions(data, rewards, settings["batch"], generator).to(device)
         for name, loss in learner.update(batch).items():
@@ -306,7 +310,16 @@ def train(typed):
             if results[0]["score"] > best_score:
                 best_score = results[0]["score"]
                 save("best.pt")
+        if stop.number:
+            break
+    stop.restore()
     bar.close()
+    if step < settings["steps"]:
+        save("ckpt.pt")
+        print(f"stopped after step {step}, whose policy is {folder / 'ckpt.pt'}; a baseline's run")
+        print("cannot go on: begin it anew")
+        trackers.close()
+        raise SystemExit(128 + stop.number)
     seconds = time.time() - started
     command = "python -m experiments.baselines --evaluate"
     end_run(folder, settings, environment, notes, data, evaluations, seconds, evaluating, command)
@@ -322,7 +335,7 @@ def learn_from(environment, settings):
 
 def evaluate(typed):
     """Let a checkpoint act, and print how it went."""
-    for name in typed.keys() - {"evaluate", "episodes", "episode_limit", "device"}:
+    for name in typed.keys() - {"evaluate", "episodes", "episode_limit", "env_module", "device"}:
         raise UserError(f"--{name.replace('_', '-')} is for training, not for --evaluate")
     check_numbers(typed, may_be_zero=("episode_limit",))
     path = typed["evaluate"]
@@ -350,6 +363,7 @@ def main():
     typed = parse_flags(Config, "python -m experiments.baselines", __doc__)
     if NUMBERS is None:
         raise UserError("baselines need TorchRL: pip install -r requirements-experiments.txt")
+    trust(typed.get("env_module"))
     if "evaluate" in typed:
         evaluate(typed)
     else:

@@ -40,16 +40,10 @@ from experiments.measure import (
     wait,
 )
 from experiments.peer import peer_model
+from files import write_atomically
 from lora import inject_lora, mark_trainable, merged, round_frozen
 from model import GPT, GPTConfig, LaMo, Objective, attend
-from plumbing import (
-    Parser,
-    choose,
-    choose_device,
-    choose_dtype,
-    run_command,
-    write_atomically,
-)
+from plumbing import Parser, choose, choose_device, choose_dtype, run_command
 from windows import Trajectories, sample_windows
 
 OBS, ACT = 11, 3  # numbers of an observation and an action, Hopper's

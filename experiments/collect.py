@@ -30,7 +30,8 @@ from tqdm import tqdm
 from data import BUNDLED
 from experiments.import_data import D4RL_QUALITIES, import_d4rl, import_dqn_replay
 from experiments.write_dataset import check_free, dataset_folder, write_dataset
-from plumbing import Parser, UserError, choose, run_command, write_atomically
+from files import write_atomically
+from plumbing import Parser, UserError, choose, run_command
 from tasks import TASKS, find_task
 
 POLICIES = BUNDLED.parent / "policies"

@@ -11,7 +11,8 @@ from functools import partial
 
 import numpy as np
 
-from plumbing import UserError, write_atomically
+from files import write_atomically
+from plumbing import UserError
 
 COLUMN = 3.4  # inches, a column's width
 DPI = 250  # of the PNG

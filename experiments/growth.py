@@ -18,16 +18,9 @@ import torch
 
 from experiments.bench import SIZES, make_lamo, our_step, selection, synthetic
 from experiments.measure import BATCH, CONTEXT, NAMES, seconds
+from files import write_atomically
 from lora import merged
-from plumbing import (
-    Parser,
-    UserError,
-    choose,
-    choose_device,
-    choose_dtype,
-    run_command,
-    write_atomically,
-)
+from plumbing import Parser, UserError, choose, choose_device, choose_dtype, run_command
 from windows import sample_windows
 
 TRANSITIONS = (10_000, 100_000, 1_000_000, 10_000_000)

@@ -29,12 +29,15 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
+from checkpoint import check_finite
+from files import check_writable, load_tensors, save_tensors, write_atomically
 from load_gpt2 import HUB, MINI_CONFIG, fingerprint, save_gpt2
 from model import GPT, GPTConfig, text_loss
 from plumbing import (
+    StopSignals,
     UserError,
+    agree,
     check_numbers,
-    check_writable,
     choose,
     choose_device,
     choose_dtype,
@@ -42,17 +45,15 @@ from plumbing import (
     leave_processes,
     parse_flags,
     run_command,
-    save_tensors,
-    write_atomically,
 )
 from text import check_text, get_encoding, sample_text, tokenise
 
 SIZES = {"mini": MINI_CONFIG} | {name: config for name, (_, config) in HUB.items()}
 LR = {"mini": 1.5e-3, "distilgpt2": 6e-4, "gpt2": 6e-4, "gpt2-medium": 3e-4}  # peaks; those of
 LR |= {"gpt2-large": 2.5e-4, "gpt2-xl": 2e-4}  # GPT-2's sizes by Brown et al. 2020, table 2.1
-FORMAT = "lamo-pretraining-1"  # what a .state.pt says it is
+FORMAT = "lamo-pretraining-2"  # what a .state.pt says it is
 SAVED = {"settings", "step", "model", "optimiser", "generator", "dropout", "dropout_cuda"}
-SAVED |= {"texts", "log"}  # what is in it
+SAVED |= {"summed", "steps_summed", "texts", "log"}  # what is in it
 
 
 @dataclass
@@ -133,7 +134,7 @@ def resolve(typed):
 def read_state(path):
     """What --resume goes on from: the dictionary that save_state wrote. Raises UserError."""
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        state = load_tensors(path)
     except FileNotFoundError as error:
         raise UserError(f"there is no {path}; a run removes it when it is done") from error
     except Exception as error:  # torch.load has many kinds
@@ -230,6 +231,7 @@ def main():
             gpt.load_state_dict(state["model"])
             optimiser.load_state_dict(state["optimiser"])
             generator.set_state(state["generator"])
+            summed, steps_summed = state["summed"].to(device), state["steps_summed"]
             torch.set_rng_state(state["dropout"])
             if device.type == "cuda" and state["dropout_cuda"] is not None:
                 torch.cuda.set_rng_state(state["dropout_cuda"], device)
@@ -249,8 +251,11 @@ def main():
     model = DistributedDataParallel(gpt) if world > 1 else gpt
     autocast = torch.autocast(device.type, torch.bfloat16, choose_dtype(device) == "bf16")
     share = c.batch // world  # blocks of this process
-    summed, steps_summed = torch.zeros((), device=device), 0
+    if not state:
+        summed, steps_summed = torch.zeros((), device=device), 0
     bar = tqdm(total=c.steps, initial=done, desc="pre-training", mininterval=1, disable=rank > 0)
+    stop = StopSignals()
+    step, stopping = done, 0
     for step in range(done + 1, c.steps + 1):
         cosine = 0.55 + 0.45 * math.cos(math.pi * step / c.steps)
         for group in optimiser.param_groups:
@@ -301,6 +306,12 @@ def main():
             save_gpt2(gpt, c.out, about, torch.bfloat16 if c.half else torch.float32)
             rows = "".join(json.dumps(row) + "\n" for row in log)
             write_atomically(beside(c.out, ".jsonl"), lambda file, t=rows: file.write(t.encode()))
+        if step % c.eval_every == 0:
+            summed, steps_summed = torch.zeros_like(summed), 0
+        # Processes stop after the same step: where they wait for each other anyway.
+        if world == 1 or looking:
+            stopping = stop.number if world == 1 else agree(stop.number, device)
+        if rank == 0 and (looking or stopping):
             state = {
                 "format": FORMAT,
                 "settings": asdict(c),
@@ -310,15 +321,26 @@ def main():
                 "generator": generator.get_state(),
                 "dropout": torch.get_rng_state(),
                 "dropout_cuda": None,
+                "summed": summed,
+                "steps_summed": steps_summed,
                 "texts": texts,
                 "log": log,
             }
             if device.type == "cuda":
                 state["dropout_cuda"] = torch.cuda.get_rng_state(device)
+            check_finite(state["model"], step)
             save_tensors(beside(c.out, ".state.pt"), state)
-        if step % c.eval_every == 0:
-            summed, steps_summed = torch.zeros_like(summed), 0
+        if stopping:
+            break
+    stop.restore()
     bar.close()
+    if step < c.steps:
+        del model
+        leave_processes()
+        if rank == 0:
+            resume = f"python -m experiments.pretrain --resume {beside(c.out, '.state.pt')}"
+            print(f"stopped after step {step}; go on with: {resume}")
+        raise SystemExit(128 + stopping)
     if rank == 0:
         plot(log, beside(c.out, ".png"))
         beside(c.out, ".state.pt").unlink(missing_ok=True)

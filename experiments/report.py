@@ -17,7 +17,8 @@ from pathlib import Path
 import numpy as np
 
 from experiments.read_runs import make_cells, read_runs, rows_of, title
-from plumbing import Parser, UserError, check_writable, run_command, write_atomically
+from files import check_writable, write_atomically
+from plumbing import Parser, UserError, run_command
 
 RESAMPLES = 10_000  # bootstrap samples of an interval
 CONFIDENCE = 0.95  # of the intervals

@@ -30,7 +30,8 @@ from tqdm import tqdm
 
 import settings
 from experiments import baselines
-from plumbing import Parser, UserError, check_writable, choose, run_command, write_json
+from files import check_writable, write_json
+from plumbing import Parser, StopSignals, UserError, choose, run_command
 from tasks import find_task
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -118,19 +119,27 @@ def begin_or_go_on(run, out, flags):
     return [*command_of(run, out, flags), "--name", name_of(run)]
 
 
-def carry_out(run, out, flags, threads):
-    """Run it in a process, its output in out/logs. Returns the exit code."""
+def carry_out(run, out, flags, threads, at_work=None):
+    """Run it in a process, its output in out/logs. Returns the exit code.
+
+    at_work: a list that the process is added to, by whoever is to tell it of a stop: then it is no
+    part of the terminal's group, from which a Ctrl-C would reach it a second time.
+    """
     log = Path(out) / "logs" / f"{name_of(run)}.txt"
     log.parent.mkdir(parents=True, exist_ok=True)
     environment = {"OMP_NUM_THREADS": str(threads)} | dict(os.environ)
     with open(log, "w") as file:
-        return subprocess.run(
+        process = subprocess.Popen(
             begin_or_go_on(run, out, flags),
             cwd=ROOT,
             env=environment,
             stdout=file,
             stderr=subprocess.STDOUT,
-        ).returncode
+            start_new_session=at_work is not None,
+        )
+        if at_work is not None:
+            at_work.append(process)
+        return process.wait()
 
 
 def last_lines(run, out, n=3):
@@ -221,6 +230,7 @@ def estimate(runs, out, flags, workers, threads):
 def run_locally(runs, out, flags, workers, threads):
     """Carry out runs, `workers` at a time, with one bar. Returns those that failed."""
     waiting, failed, lock = list(reversed(runs)), [], threading.Lock()
+    at_work, told = [], []  # processes; those that were told to stop
 
     def work():
         while True:
@@ -228,10 +238,11 @@ def run_locally(runs, out, flags, workers, threads):
                 if not waiting:
                     return
                 run = waiting.pop()
-            if carry_out(run, out, flags, threads):
+            if carry_out(run, out, flags, threads, at_work) and not stop.number:
                 failed.append(run)
                 bar.write(f"failed: {name_of(run)}; the others go on")
 
+    stop = StopSignals("stopping once the runs at work have saved what they have")
     pool = [threading.Thread(target=work, daemon=True) for _ in range(workers)]
     form = "{l_bar}{bar}| {n:.2f}/{total} runs [{elapsed}<{remaining}]"
     with tqdm(total=len(runs), desc="sweep", bar_format=form) as bar:
@@ -239,6 +250,13 @@ def run_locally(runs, out, flags, workers, threads):
             thread.start()
         while any(thread.is_alive() for thread in pool):
             time.sleep(POLL_SECONDS)
+            if stop.number:
+                with lock:
+                    waiting.clear()
+                for process in at_work:
+                    if process not in told and process.poll() is None:
+                        process.terminate()
+                        told.append(process)
             done = 0.0
             for run in runs:
                 if state_of(Path(out) / name_of(run)) == "finished" or run in failed:
@@ -246,8 +264,13 @@ def run_locally(runs, out, flags, workers, threads):
                 else:
                     step, steps, _ = progress_of(run, out)
                     done += step / steps if steps else 0
-            bar.n = round(done, 2)
-            bar.refresh()
+            if round(done, 2) != bar.n:
+                bar.n = round(done, 2)
+                bar.refresh()
+    stop.restore()
+    if stop.number:
+        print("stopped; the same command goes on")
+        raise SystemExit(128 + stop.number)
     return failed
 
 

@@ -15,7 +15,8 @@ import h5py
 import numpy as np
 
 from data import minari_folder
-from plumbing import UserError, write_atomically, write_json
+from files import locked, write_atomically, write_json
+from plumbing import UserError
 
 
 def dataset_folder(dataset_id):
@@ -108,7 +109,9 @@ def write_dataset(folder, dataset_id, episodes, env_spec, spaces, reference, abo
             compress(made / "data" / "main_data.hdf5")
             about = about | statistics(np.array(returns), np.array(lengths), reference, versions)
             write_json(made / "about.json", about)
-            os.rename(made, folder)
+            with locked(folder):
+                check_free(folder)  # two may have recorded it at once
+                os.rename(made, folder)
     except OSError as error:
         raise UserError(f"cannot write {folder}: {error.strerror or error}") from error
     return about

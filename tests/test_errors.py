@@ -22,7 +22,8 @@ import train
 from checkpoint import FORMAT, build_model, trained_state
 from data import BUNDLED
 from experiments import collect, pretrain
-from plumbing import UserError, run_command, write_atomically
+from files import write_atomically
+from plumbing import UserError, run_command
 from settings import resolve
 from tasks import TASKS, pack
 
@@ -296,9 +297,9 @@ def other_std(c):
         (has_another_shape, "embed_ln.bias is (1,), expected (128,)"),
         (
             other_environment,
-            "Hoper-v5 needs the module no_such_package: install what it is in, or put",
+            "Hoper-v5 is in the module no_such_package.mujoco.hopper_v5; importing it runs its",
         ),
-        (code_for_an_environment, "Hopper-v5 is not an environment: it names os:system"),
+        (code_for_an_environment, "Hopper-v5 is in the module os; importing it runs its code"),
         (no_environment, "describes no environment"),
         (other_spaces, "embed_state.weight is (128, 11), expected (128, 17)"),
         (other_base, "was trained on other weights (random weights in the shape of dt): SHA-256 0"),
@@ -485,5 +486,6 @@ def test_assets_are_small_and_plain():
         "mini-lm-random-corpus.safetensors": 3_000_000,
     }
     for path in assets:
-        assert path.stat().st_size < limits.get(path.name, 500_000), path
-    assert {path.suffix for path in assets} <= {".json", ".hdf5", ".safetensors", ".png"}
+        limit = 1_000_000 if path.suffix == ".gif" else limits.get(path.name, 500_000)
+        assert path.stat().st_size < limit, path
+    assert {path.suffix for path in assets} <= {".json", ".hdf5", ".safetensors", ".png", ".gif"}

@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import signal
 import subprocess
 import sys
@@ -14,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 from minari.data_collector import EpisodeBuffer
+from safetensors.torch import load_file
 
 import train
 from checkpoint import check_finite, read_checkpoint
@@ -95,6 +97,52 @@ def test_a_second_signal_leaves_at_once_and_harms_nothing(whole, tmp_path):
     rows, score, weights = outcome(tmp_path / "run")
     assert (rows, score) == whole[:2]
     assert all(torch.equal(tensor, whole[2][name]) for name, tensor in weights.items())
+
+
+def test_a_stopped_baseline_keeps_its_policy(tmp_path):
+    pytest.importorskip("torchrl")
+    words = "-m experiments.baselines --algo bc --env hopper --ratio 0.01 --steps 100000 --name run"
+    command = [sys.executable, "-u", *words.split(), "--out", str(tmp_path)]
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    log = tmp_path / "run" / "log.jsonl"
+    while not (log.exists() and log.stat().st_size) and process.poll() is None:
+        time.sleep(0.005)
+    process.terminate()
+    out, errors = process.communicate()
+    assert process.returncode == 128 + signal.SIGTERM, errors
+    step = read_checkpoint(tmp_path / "run/ckpt.pt", "lamo-baseline-1")["step"]
+    assert 100 <= step < 100_000
+    assert f"stopped after step {step}".encode() in out
+
+
+def test_a_stopped_pretraining_goes_on(tmp_path):
+    text = " ".join(str(i) for i in range(2000))
+    (tmp_path / "text.txt").write_text(text)
+    words = f"-m experiments.pretrain --text {tmp_path}/text.txt --heldout {tmp_path}/text.txt"
+    words += " --steps 300 --eval-every 130 --batch 2 --block-size 32 --n-layer 1 --n-embd 12"
+    words += " --dropout 0.1 --device cpu --out "
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+
+    def start(words):
+        command = [sys.executable, "-u", *words.split()]
+        pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        return subprocess.Popen(command, cwd=ROOT, env=environment, **pipes)
+
+    whole = start(words + f"{tmp_path}/whole.safetensors")
+    assert whole.wait() == 0
+    process = start(words + f"{tmp_path}/cut.safetensors")
+    while not (tmp_path / "cut.state.pt").exists() and process.poll() is None:
+        time.sleep(0.001)
+    process.send_signal(signal.SIGINT)
+    out, errors = process.communicate()
+    assert process.returncode == 128 + signal.SIGINT, errors
+    assert f"--resume {tmp_path}/cut.state.pt".encode() in out
+    again = start(f"-m experiments.pretrain --resume {tmp_path}/cut.state.pt")
+    out, errors = again.communicate()
+    assert again.returncode == 0, errors
+    assert (tmp_path / "cut.jsonl").read_text() == (tmp_path / "whole.jsonl").read_text()
+    cut, expected = (load_file(tmp_path / f"{name}.safetensors") for name in ("cut", "whole"))
+    assert all(torch.equal(cut[name], tensor) for name, tensor in expected.items())
 
 
 # --- steps that go wrong -------------------------------------------------------------------------

@@ -1,9 +1,13 @@
 """experiments/sweep.py with real, short runs: skip, resume, failure, submitit's local executor."""
 
 import json
+import signal
+import subprocess
 import sys
+import time
 
 import pytest
+import torch
 
 from experiments import sweep
 from experiments.sweep import STUDIES, grid, name_of, progress_of, state_of
@@ -68,6 +72,30 @@ def test_finished_runs_are_skipped_interrupted_ones_resumed_failed_ones_told(
     again = json.loads((cut / "result.json").read_text())
     assert again["score"] == expected["score"]
     assert "going on with" in (tmp_path / "logs" / "hopper-lamo-freeze-0.01-s0.txt").read_text()
+
+
+def test_a_stopped_sweep_lets_its_runs_save_and_goes_on(tmp_path, monkeypatch, capsys):
+    flags = ["--out", tmp_path, "--threads", 1, *HOPPER, "--method", "dt,bc", "--workers", 2]
+    flags += ["--flags", SHORT.replace("--steps 6 --eval-every 3", "--steps 1500")]
+    words = [sys.executable, "-m", "experiments.sweep", *map(str, flags)]
+    process = subprocess.Popen(
+        words, cwd=sweep.ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+    log = tmp_path / "hopper-dt-0.01-s0" / "log.jsonl"
+    while not (log.exists() and log.stat().st_size) and process.poll() is None:
+        time.sleep(0.01)
+    process.terminate()
+    out, errors = process.communicate()
+    assert process.returncode == 128 + signal.SIGTERM, errors
+    assert b"stopped; the same command goes on" in out
+    said = (tmp_path / "logs" / "hopper-dt-0.01-s0.txt").read_text()
+    assert "stopped after step" in said
+    saved = torch.load(log.parent / "resume.pt", weights_only=True)["step"]
+    assert 0 < saved < 1500
+    command(monkeypatch, *flags)
+    said = (tmp_path / "logs" / "hopper-dt-0.01-s0.txt").read_text()
+    assert f"after step {saved}" in said
+    assert "2 of 2 runs finished" in capsys.readouterr().out
 
 
 def test_submitits_local_executor_does_the_same(tmp_path, monkeypatch, capsys):

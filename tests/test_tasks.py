@@ -16,6 +16,7 @@ from gymnasium.spaces.utils import unflatten
 from minari.data_collector import EpisodeBuffer
 
 import evaluate
+import tasks
 import train
 from data import choose_scale, choose_targets, find_dataset, load_trajectories, read_dataset
 from experiments import collect
@@ -252,11 +253,18 @@ class Shown(Bare):
         self.render_mode = render_mode
 
 
-def test_an_environment_that_shows_itself_is_asked_not_to():
+@pytest.fixture
+def trusted(monkeypatch):
+    """This module is one whose environments may be made."""
+    monkeypatch.setattr(tasks, "TRUSTED", set(tasks.TRUSTED))
+    tasks.trust(__name__)
+
+
+def test_an_environment_that_shows_itself_is_asked_not_to(trusted):
     assert make_env(EnvSpec("Shown-v0", entry_point=f"{__name__}:Shown")).render_mode is None
 
 
-def test_an_environment_need_not_know_how_to_render():
+def test_an_environment_need_not_know_how_to_render(trusted):
     spec = EnvSpec("Bare-v0", entry_point=f"{__name__}:Bare")
     assert isinstance(make_env(spec).unwrapped, Bare)
 
@@ -268,17 +276,47 @@ def test_an_environment_is_never_made_for_a_screen():
     assert envs.envs[0].render_mode is None
 
 
-@pytest.mark.parametrize("entry_point", ["os:system", "gymnasium:make", "builtins:print"])
-def test_what_a_file_names_as_environment_must_be_one(tmp_path, entry_point):
+@pytest.mark.parametrize(
+    ("entry_point", "says"),
+    [
+        ("os:system", "in the module os; importing it runs its code"),
+        ("builtins:print", "--env-module builtins"),
+        ("gymnasium:make", "is not an environment"),
+        ("gymnasium.wrappers:RecordVideo", "would write videos where its maker says"),
+    ],
+)
+def test_what_a_file_names_as_environment_must_be_one(tmp_path, entry_point, says):
     marker = tmp_path / "executed"
     spec = EnvSpec("Harmless-v0", entry_point, kwargs={"command": f"touch {marker}"})
-    with pytest.raises(UserError, match="is not an environment"):
+    with pytest.raises(UserError, match=says):
         make_env(spec)
     spec = EnvSpec("Pendulum-v1", gym.spec("Pendulum-v1").entry_point)
     spec.additional_wrappers = (WrapperSpec("Harmless", entry_point, {"command": "true"}),)
-    with pytest.raises(UserError, match="is not an environment"):
+    with pytest.raises(UserError, match=says):
         make_env(spec)
     assert not marker.exists()
+
+
+def test_a_module_is_imported_only_if_the_user_names_it(tmp_path, monkeypatch):
+    marker = tmp_path / "imported"
+    code = f"""
+import pathlib, gymnasium as gym
+pathlib.Path({str(marker)!r}).touch()
+class Room(gym.Env):
+    observation_space, action_space = gym.spaces.Box(0, 1, (2,)), gym.spaces.Discrete(2)
+"""
+    (tmp_path / "rooms_of_mine.py").write_text(code)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(tasks, "TRUSTED", set(tasks.TRUSTED))
+    spec = EnvSpec("Room-v0", "rooms_of_mine:Room")
+    with pytest.raises(UserError, match="add --env-module rooms_of_mine"):
+        make_env(spec)
+    assert not marker.exists()
+    tasks.trust("rooms_of_mine")
+    assert make_env(spec).unwrapped.action_space.n == 2
+    tasks.trust("no_such_module")
+    with pytest.raises(UserError, match="needs the module no_such_module: install what it is in"):
+        make_env(EnvSpec("Room-v0", "no_such_module:Room"))
 
 
 # --- kitchen and Atari ---------------------------------------------------------------------------

@@ -1,0 +1,196 @@
+"""Files: written whole or not at all, and read without trusting who made them.
+
+A run may be killed at any moment, a disk may be full, and a checkpoint, a dataset or weights may
+come from a stranger. So every file is written aside, flushed and renamed; and what a file says of
+its own size is held against the file, and against this machine's memory, before it is believed.
+Nothing that is read here can run code: torch's zip files are read by weights_only alone.
+"""
+
+import io
+import json
+import os
+import tempfile
+import zipfile
+from contextlib import contextmanager
+from pathlib import Path
+
+import h5py
+import psutil
+import torch
+from filelock import FileLock, Timeout
+
+from plumbing import UserError
+
+MOST_SHRUNK = 1100  # gzip makes a file 1032 times smaller at most: one that claims more is forged
+LONGEST_JSON = 1 << 28  # bytes of a JSON file that are read
+
+
+# --- writing -------------------------------------------------------------------------------------
+
+
+def write_atomically(path, write):
+    """Call write(file) on a new binary file, flush it to disk, then rename it to `path`.
+
+    A reader sees the old file or the whole new one, never a part; on failure the old one stays.
+    Raises UserError when the folder cannot be written to or the disk is full.
+    """
+    path = Path(path)
+    temporary = None
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+        with os.fdopen(handle, "w+b") as file:
+            write(file)
+            file.flush()
+            os.fsync(handle)
+        umask = os.umask(0)
+        os.umask(umask)
+        os.chmod(temporary, 0o666 & ~umask)  # mkstemp makes files that only their owner can read
+        os.replace(temporary, path)
+        temporary = None
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror or error}") from error
+    finally:
+        if temporary is not None:
+            Path(temporary).unlink(missing_ok=True)
+
+
+def save_tensors(path, content):
+    """torch.save of a dictionary, whole or not at all (see write_atomically)."""
+    buffer = io.BytesIO()  # written directly, torch.save reports a full disk as no error of it
+    torch.save(content, buffer)
+    write_atomically(path, lambda file: file.write(buffer.getbuffer()))
+
+
+def write_json(path, content):
+    """Write a dictionary as indented JSON, whole or not at all (see write_atomically)."""
+    text = json.dumps(content, indent=1) + "\n"
+    write_atomically(path, lambda file: file.write(text.encode()))
+
+
+def check_writable(folder, flag):
+    """Raises UserError, naming the flag, if nothing could be written in `folder` (made or not)."""
+    parents = (Path(folder) / "file").absolute().parents
+    existing = next(p for p in parents if os.path.exists(p))  # Path.exists may raise, for EACCES
+    if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
+        raise UserError(f"{flag} {folder}: {existing} is not a folder that can be written to")
+
+
+@contextmanager
+def locked(path):
+    """Within this no other process is within the same for `path`: what it makes is made once.
+
+    Waits for the other one, and says so. Raises UserError where nothing can be written.
+    """
+    path = Path(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(path.parent / f".{path.name}.lock")
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            print(f"waiting for another process, which is making {path}", flush=True)
+            lock.acquire()
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror or error}") from error
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+# --- reading -------------------------------------------------------------------------------------
+
+
+def check_memory(needed, what):
+    """Raises UserError if so many bytes cannot be had on this machine now."""
+    free = psutil.virtual_memory().available
+    if needed > free:
+        gib = f"{needed / 2**30:,.1f} GiB, and {free / 2**30:,.1f} are free"
+        raise UserError(f"{what} would take {gib}; use a part of it, or a larger machine")
+
+
+def read_json(path):
+    """The dictionary in a JSON file. Raises OSError, or ValueError for all that is none."""
+    if os.path.getsize(path) > LONGEST_JSON:
+        raise ValueError(f"larger than {LONGEST_JSON} bytes")
+    try:
+        content = json.loads(Path(path).read_text(encoding="utf-8"))
+    except RecursionError as error:
+        raise ValueError("nested too deeply") from error
+    if not isinstance(content, dict):
+        raise ValueError("no JSON object")
+    return content
+
+
+def load_tensors(path):
+    """What torch.save wrote, on the CPU: dictionaries and lists of tensors, numbers and text.
+
+    Nothing else is let through, no tensor is larger than what the file holds of it, and every byte
+    has its checksum. Raises OSError, ValueError, or one of torch.load's many kinds.
+    """
+    size = os.path.getsize(path)
+    with open(path, "rb") as file, zipfile.ZipFile(file) as archive:
+        file.seek(max(0, size - 22))
+        if file.read(4) != b"PK\5\6":  # the end as torch writes it: all readers agree where it is
+            raise ValueError("not a zip file of torch's")
+        entries = archive.infolist()
+        if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):
+            raise ValueError("it is compressed, which torch.save's are not")
+        if sum(entry.file_size for entry in entries) > size:
+            raise ValueError("its parts are larger than the whole")
+        if damaged := archive.testzip():  # torch.load looks at no checksum
+            raise ValueError(f"{damaged} is damaged")
+    # Mapped, a tensor cannot reach beyond the file, whatever size it is said to have.
+    content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    left = {"bytes": 2 * size, "parts": size}  # tied weights are one storage, read twice
+
+    def owned(part):
+        left["parts"] -= 1
+        if left["parts"] < 0:
+            raise ValueError("it holds more than its size allows")
+        if isinstance(part, dict):
+            return {owned(key): owned(value) for key, value in part.items()}
+        if type(part) in (list, tuple):
+            return type(part)(map(owned, part))
+        if torch.is_tensor(part):
+            plain = part.layout == torch.strided and part.device.type == "cpu"
+            if not plain or part.is_quantized or not part.is_contiguous():
+                raise ValueError("a tensor in it is not plain numbers in order")
+            left["bytes"] -= part.numel() * part.element_size()
+            if left["bytes"] < 0:
+                raise ValueError("its tensors are larger than the file")
+            return part.detach().clone()  # out of the file, which may be replaced
+        if part is None or type(part) in (bool, int, float, str):
+            return part
+        raise ValueError(f"it holds a {type(part).__name__}")
+
+    return owned(content)
+
+
+def check_hdf5(path):
+    """Raises UserError for an HDF5 file that points out of itself, or claims more than it can hold.
+
+    HDF5 fills what was never written when it is read: a file of a few bytes may claim terabytes.
+    """
+    claimed, largest = 0, 0
+
+    def look(name, link):
+        nonlocal claimed, largest
+        if not isinstance(link, h5py.HardLink):
+            return f"{name} is a link to elsewhere, which is not followed"
+        item = file[name]
+        if isinstance(item, h5py.Dataset):
+            if item.is_virtual or item.external:
+                return f"{name} is kept in other files, which are not read"
+            n_bytes = item.size * item.dtype.itemsize if item.shape is not None else 0
+            claimed, largest = claimed + n_bytes, max(largest, n_bytes)
+        return None
+
+    with h5py.File(path, "r") as file:
+        wrong = file.visititems_links(look)  # ends with the first answer
+    if wrong:
+        raise UserError(f"{path}: {wrong}")
+    if claimed > MOST_SHRUNK * os.path.getsize(path):
+        raise UserError(f"{path} claims to hold {claimed:,} bytes, more than its size allows")
+    check_memory(largest, f"an episode in {path}")
