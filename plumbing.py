@@ -21,6 +21,7 @@ from datetime import timedelta
 
 import torch
 import torch.distributed as dist
+from tqdm import tqdm
 
 PROBE_SECONDS = 1.5  # how long a missing network may hold up a first run, name lookup included
 
@@ -40,15 +41,23 @@ def keep_freed_memory():
         ctypes.CDLL(None).mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: free memory kept at the end
 
 
+def close_bars():
+    """End the lines of progress bars, so that what is said next begins one of its own."""
+    for bar in list(getattr(tqdm, "_instances", ())):  # tqdm has no public name for them
+        bar.close()
+
+
 def run_command(main):
     """Run a command's `main()`: a `UserError` becomes one line on stderr and exit code 2."""
     keep_freed_memory()
     try:
         main()
     except KeyboardInterrupt:
+        close_bars()
         print("interrupted", file=sys.stderr)
         raise SystemExit(130) from None
     except UserError as error:
+        close_bars()
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2) from None
 
