@@ -40,6 +40,12 @@ KINDS = {  # of the settings that a checkpoint must have, to be built and to act
     **dict.fromkeys(("episodes", "episode_limit"), int),
     **dict.fromkeys(("lora_alpha", "lora_dropout", "dropout", "lm_coef", "scale"), (int, float)),
 }
+CHOICES = {  # of settings that are words
+    "mode": ["normal", "delayed"],
+    "embed": ["linear", "mlp", "tokens"],
+    "train": ["lora", "new", "all"],
+    "dtype": ["bf16", "fp32"],
+}
 MOST = {"context": 10_000, "episodes": 10_000, "episode_limit": 10**9}  # that may be asked for
 
 
@@ -60,6 +66,9 @@ def check_settings(path, checkpoint):
         if not sound:
             shown = str(value)[:40]
             raise UserError(f"{path} has the setting {name} {shown}, which cannot be: damaged")
+    for name, valid in CHOICES.items():
+        if settings[name] not in valid:
+            raise UserError(f"{path} has the setting {name} {settings[name][:40]}: damaged")
     for name in ("context", "max_ep_len", "episodes", "scale"):
         if settings[name] == 0:
             raise UserError(f"{path} has the setting {name} 0, which cannot be: damaged")
@@ -145,6 +154,8 @@ def read_checkpoint(path, expected=FORMAT):
         raise UserError(f"{path} lacks {', '.join(wrong) or 'obs_std'} as it should be: damaged")
     if expected == FORMAT:
         check_settings(path, checkpoint)
+        if not all(isinstance(checkpoint["base"].get(name), str) for name in ("lm", "sha256")):
+            raise UserError(f"{path} does not name its language model: damaged")
     try:
         checkpoint["environment"] = unpack(checkpoint["environment"])
     except Exception as error:  # of JSON, gymnasium and Minari
@@ -182,6 +193,8 @@ def load_trained(model, state, train, path):
         where = "lacks" if name in names else "has a tensor the model does not know:"
         raise UserError(f"{path} {where} {name}; it is damaged or from another version")
     for name, tensor in state.items():
+        if not torch.is_tensor(tensor):
+            raise UserError(f"{path}: {name} is no tensor; it is damaged")
         if tensor.shape != parameters[name].shape:
             found, expected = tuple(tensor.shape), tuple(parameters[name].shape)
             raise UserError(f"{path}: {name} is {found}, expected {expected}")

@@ -144,7 +144,9 @@ def read_dataset(folder):
             there = sum(path.is_dir() for path in data.iterdir())
         if int(metadata["total_episodes"]) > there:
             raise UserError(f"{folder} holds {there} episodes, not {metadata['total_episodes']}")
-        return minari.MinariDataset(data)
+        dataset = minari.MinariDataset(data)
+        dataset.spec, dataset.env_spec  # noqa: B018  (made when first asked for: may be damaged)
+        return dataset
     except UserError:
         raise
     except Exception as error:  # Minari raises many kinds
@@ -308,14 +310,17 @@ def load_trajectories(
     n = 0
     episodes = zip(chosen, lengths, read_episodes(dataset, chosen, rewards), strict=True)
     for i, T, (o, a, r, ended) in tqdm(episodes, "reading", keep, delay=2, leave=False):
-        r = np.asarray(r, np.float64)
-        if len(r) == 0:
+        if np.size(r) == 0:
             raise UserError(f"{what}: episode {i} is empty")
-        if len(r) != T or o.shape != (T + 1, *obs.shape[1:]) or len(a) != T:
-            raise UserError(
-                f"{what}: episode {i} of {T} steps has {len(r)} rewards, observations {o.shape} "
-                f"and actions {np.shape(a)}; expected {T}, {(T + 1, *obs.shape[1:])} and ({T}, ..)"
-            )
+        shapes = [np.shape(r), o.shape, np.shape(a)]
+        expected = [(T,), (T + 1, *obs.shape[1:]), (T, *action_space.shape)]
+        if shapes != expected:
+            found, wanted = ", ".join(map(str, shapes)), ", ".join(map(str, expected))
+            kinds = "rewards, observations and actions"
+            raise UserError(f"{what}: episode {i} has {kinds} {found}; expected {wanted}")
+        if wrong := {np.asarray(x).dtype.kind for x in (r, o, a)} - set("fiub"):
+            raise UserError(f"{what}: episode {i} has values that are no numbers ({min(wrong)})")
+        r = np.asarray(r, np.float64)
         for kind, values in (("observation", o), ("action", a), ("reward", r)):
             with np.errstate(over="ignore"):  # what is beyond 32 bits becomes infinite
                 if not np.isfinite(np.asarray(values, np.float32)).all():

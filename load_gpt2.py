@@ -138,6 +138,9 @@ def read_config(path, tensors, metadata):
             block_size = said.get("n_positions", block_size)
     except (OSError, ValueError, TypeError, RecursionError) as error:
         raise UserError(f"the configuration in {source} is no JSON object") from error
+    if type(block_size) is not int or not 1 <= block_size <= len(tensors["wpe.weight"]):
+        rows = len(tensors["wpe.weight"])
+        raise UserError(f"{source} says n_positions {block_size}, but {path} has {rows}")
     for key, value in found.items():
         if said.get(key, value) != value:
             raise UserError(f"{path} has {key} {value}, but {source} says {said[key]}")

@@ -27,7 +27,15 @@ PROBE_SECONDS = 1.5  # how long a missing network may hold up a first run, name 
 
 
 class UserError(Exception):
-    """Something the user can put right. The message is one line: what was wrong, what to type."""
+    """Something the user can put right. The message is one line: what was wrong, what to type.
+
+    Names in it may come from a stranger's file: what a terminal would not print as it is, such as
+    the end of a line, is escaped.
+    """
+
+    def __str__(self):
+        text = super().__str__()
+        return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def keep_freed_memory():
@@ -133,6 +141,24 @@ def parse_flags(config, prog, description):
             group.add_argument(flag, default=argparse.SUPPRESS, help=help_text, **options)
     typed = vars(parser.parse_args())
     return {name: value for name, value in typed.items() if value != "auto"}
+
+
+def check_kinds(settings, config, path):
+    """Raises UserError, naming path, unless these are all the settings of a dataclass of them.
+
+    As parse_flags and defaults leave them, the word auto included.
+    """
+    for field in fields(config):
+        value, kind = settings.get(field.name), field.type
+        inner = kind.__args__[0] if kind in (list[float], list[str]) else None
+        if inner is not None:
+            sound = isinstance(value, list) and all(isinstance(x, (int, inner)) for x in value)
+        else:
+            sound = isinstance(value, (int, float) if kind is float else kind)
+        sound = sound and (kind is bool or type(value) is not bool)
+        if not sound and not (value == "auto" and field.default == "auto"):
+            why = f"it has {field.name} {str(value)[:40]!r}: damaged, or another version's"
+            raise UserError(f"{path} cannot be gone on with: {why}")
 
 
 def choose_device(name="auto"):

@@ -22,12 +22,15 @@ from pathlib import Path
 import torch
 
 from files import load_tensors, read_json, save_tensors, write_json
-from plumbing import UserError
+from plumbing import UserError, check_kinds
 from tasks import normalised_score
 
 RESUME, FORMAT = "resume.pt", "lamo-resume-1"  # the file --resume goes on from, and what it is
-SAVED = {"log_bytes", "step", "model", "optimiser", "processes", "summed", "evaluations"}
-SAVED |= {"best_score", "seconds", "evaluating", "bad_steps"}  # what is in it
+SAVED = {"log_bytes": int, "step": int, "model": dict, "optimiser": dict, "processes": list}
+SAVED |= {"summed": int, "evaluations": list, "best_score": float, "seconds": float}
+SAVED |= {"evaluating": float, "bad_steps": int}  # what is in it
+RECORDED = ("versions", "machine", "git")  # of config.json, what may not stay the same
+RESULT = ("target", "score", "return_mean", "cut")  # numbers of a result that its score is from
 PACKAGES = ("torch", "numpy", "minari", "gymnasium", "mujoco", "gymnasium-robotics", "ale-py")
 PACKAGES += ("h5py", "safetensors", "tiktoken")  # whose versions are recorded
 
@@ -136,11 +139,11 @@ def begin_run(settings, environment, notes, data, model, base, world):
     return folder
 
 
-def read_run(path, typed):
+def read_run(path, typed, config):
     """What --resume goes on with: (config.json's dictionary, that of save_run or None).
 
-    typed: the other flags, of which there must be none. Raises UserError for them, for what is no
-    folder of a run, and for a finished one.
+    typed: the other flags, of which there must be none; config: train.Config. Raises UserError for
+    such flags, for what is no folder of a run, and for a finished one.
     """
     folder = Path(path)
     for name in typed:
@@ -150,22 +153,64 @@ def read_run(path, typed):
         raise UserError(f"{folder} is finished; its score is in {folder / 'result.json'}")
     try:
         begun = read_json(folder / "config.json")
-        begun["chosen"], begun["data"]["sha256"], begun["processes"]
+        begun["data"]["sha256"], begun["base"]["sha256"], begun["base"]["lm"], begun["processes"]
+        if not all(isinstance(line, str) for line in begun["chosen"].values()):
+            raise TypeError
+        parts = [begun["settings"], *(begun.get(name, {}) for name in RECORDED)]
+        if not all(isinstance(part, dict) for part in parts):
+            raise TypeError
         if "algo" in begun["settings"]:
             raise UserError(f"{folder} is a baseline's run, which cannot go on; begin it anew")
     except OSError as error:
         raise UserError(f"{folder} is no run's folder: it has no config.json") from error
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{folder / 'config.json'} is damaged, or another version's") from error
+    begun["settings"]["resume"] = ""  # the one field that is not kept
+    check_kinds(begun["settings"], config, folder)
+    del begun["settings"]["resume"]
     if not (folder / RESUME).is_file():
         return begun, None
     try:
         saved = load_tensors(folder / RESUME)
     except Exception as error:  # torch.load has many kinds
         raise UserError(f"{folder / RESUME} is damaged; delete it to start the run anew") from error
-    if not isinstance(saved, dict) or saved.get("format") != FORMAT or SAVED - saved.keys():
+    if not isinstance(saved, dict) or saved.get("format") != FORMAT or SAVED.keys() - saved:
         raise UserError(f"{folder / RESUME} is another version's ({FORMAT} is expected)")
+    for name, kind in SAVED.items():
+        if not isinstance(saved[name], kind) or (kind is int and saved[name] < 0):
+            why = f"{name} in it is no {kind.__name__} that could be"
+            raise UserError(f"{folder / RESUME} is damaged: {why}; delete it to start anew")
+    check_evaluations(folder / RESUME, saved["evaluations"])
     return begun, saved
+
+
+def load_optimiser(optimiser, state):
+    """Put back what an optimiser had. Raises what it does, or ValueError for another kind."""
+    settings = [{k: v for k, v in g.items() if k != "params"} for g in optimiser.param_groups]
+    optimiser.load_state_dict(state)
+    for group, fixed in zip(optimiser.param_groups, settings, strict=True):
+        if {k: v for k, v in group.items() if k not in ("params", "lr")} | {"lr": 0} != fixed | {
+            "lr": 0
+        }:
+            raise ValueError("its settings are others")
+    for parameter, kept in optimiser.state.items():
+        if any(
+            x.shape not in ((), parameter.shape) or not x.isfinite().all() for x in kept.values()
+        ):
+            raise ValueError("its tensors are not the weights'")
+
+
+def check_evaluations(path, evaluations):
+    """Raises UserError unless these are evaluations, all of the same targets."""
+    try:
+        for e in evaluations:
+            kinds = {type(r[name]) for r in e["results"] for name in RESULT} - {int, float}
+            alike = len(e["results"]) == len(evaluations[0]["results"]) > 0
+            lists = all(type(r.get("failed", [])) is list for r in e["results"])
+            if kinds or not alike or not lists or type(e["step"]) is not int:
+                raise TypeError
+    except (KeyError, TypeError, AttributeError, IndexError) as error:
+        raise UserError(f"{path} is damaged: its evaluations; delete it to start anew") from error
 
 
 def continue_run(path, begun, saved, data, base, world):

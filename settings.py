@@ -8,6 +8,7 @@ import os
 import shutil
 from dataclasses import asdict
 
+from checkpoint import CHOICES
 from data import choose_targets
 from files import check_writable
 from load_gpt2 import find_weights, is_cached
@@ -178,13 +179,7 @@ def limit_episodes(settings, notes, data, environment):
 
 def check(settings):
     """Raises UserError for settings that make no sense, naming the flag and what it takes."""
-    for name, valid in {
-        "mode": ["normal", "delayed"],
-        "quality": QUALITIES,
-        "embed": ["linear", "mlp", "tokens"],
-        "train": ["lora", "new", "all"],
-        "dtype": ["bf16", "fp32"],
-    }.items():
+    for name, valid in (CHOICES | {"quality": QUALITIES}).items():
         choose(name, settings[name], valid)
     if not 0 < settings["ratio"] <= 1:
         raise UserError(f"--ratio is {settings['ratio']:g}, but must be above 0 and at most 1")

@@ -349,7 +349,12 @@ def pack(environment):
 
 
 def unpack(packed):
-    """The Environment that `pack` made text of."""
+    """The Environment that `pack` made text of. Raises what JSON, gymnasium and Minari do."""
+    for name in ("random", "expert"):
+        if not isinstance(packed[name], (int, float, type(None))):
+            raise ValueError(f"{name} is no return")
+    if (packed["random"] is None) != (packed["expert"] is None):
+        raise ValueError("of the random and the expert return one is missing")
     return Environment(
         EnvSpec.from_json(packed["spec"]),
         read_space(packed["observation_space"]),

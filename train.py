@@ -37,8 +37,16 @@ from plumbing import (
     parse_flags,
     run_command,
 )
-from run_folder import append_to_log, begin_run, continue_run, end_run, read_run, save_run
-from settings import complete, presets, resolve, task_of_run
+from run_folder import (
+    append_to_log,
+    begin_run,
+    continue_run,
+    end_run,
+    load_optimiser,
+    read_run,
+    save_run,
+)
+from settings import check, complete, presets, resolve, task_of_run
 from tasks import find_environment, pack, trust
 from text import check_text, find_text, get_encoding, sample_text, tokenise
 from trackers import Trackers, check_trackers
@@ -155,8 +163,9 @@ def main():
     begun = saved = None
     if path := typed.pop("resume", ""):
         typed.pop("env_module", None)  # said again, for a run's folder may be a stranger's
-        begun, saved = read_run(path, typed)
+        begun, saved = read_run(path, typed, Config)
         settings, notes = begun["settings"], dict(begun["chosen"])
+        check(settings)
         task = task_of_run(settings)
     else:
         settings, task, notes = resolve(Config(), typed)
@@ -263,7 +272,7 @@ def main():
         started, evaluating = started - saved["seconds"], saved["evaluating"]
         load_trained(model, saved["model"], settings["train"], path)
         try:
-            optimiser.load_state_dict(saved["optimiser"])
+            load_optimiser(optimiser, saved["optimiser"])
             mine = saved["processes"][rank]
             totals.copy_(mine["totals"])
             new_bad, first_bad = mine["bad"].to(device)
@@ -272,7 +281,7 @@ def main():
             torch.set_rng_state(mine["dropout"])
             if device.type == "cuda":
                 torch.cuda.set_rng_state(mine["dropout_cuda"], device)
-        except (KeyError, IndexError, TypeError, ValueError, RuntimeError) as error:
+        except Exception as error:  # of many kinds, for as many kinds of damage
             why = f"the state in {path} does not fit this run"
             raise UserError(f"{why}; delete resume.pt there to begin it anew") from error
     after_window = window_rng.get_state()

@@ -1,0 +1,284 @@
+"""What tests/fuzz.py once found: each of these inputs ended in a traceback, and is refused now.
+
+And a few hundred new ones at each run of the tests. A long run of it is told in the README.
+"""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import gymnasium as gym
+import h5py
+import minari
+import numpy as np
+import pytest
+import torch
+from minari.data_collector import EpisodeBuffer
+
+import train
+from checkpoint import load_model, read_checkpoint
+from data import find_dataset, load_trajectories
+from files import load_tensors
+from load_gpt2 import load_gpt2, save_gpt2
+from model import GPT, GPTConfig
+from plumbing import UserError, run_command
+from run_folder import read_run
+from tasks import Task, find_environment
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(scope="module")
+def sound(tmp_path_factory):
+    """A folder with a tiny language model, a dataset, and a run of two steps cut before its end."""
+    folder = tmp_path_factory.mktemp("sound")
+    torch.manual_seed(0)
+    save_gpt2(GPT(GPTConfig(1, 1, 12, 257, 32)), folder / "tiny.safetensors", {})
+    episodes = [
+        EpisodeBuffer(
+            observations=np.random.default_rng(i).normal(size=(6, 11)),
+            actions=np.zeros((5, 3), np.float32),
+            rewards=np.ones(5),
+            terminations=np.arange(5) == 4,
+            truncations=np.zeros(5, bool),
+        )
+        for i in range(3)
+    ]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MINARI_DATASETS_PATH", str(folder / "minari"))
+        minari.create_dataset_from_buffers("fuzz/set-v0", episodes, env=gym.make("Hopper-v5"))
+        words = f"--lm {folder / 'tiny.safetensors'} --dataset fuzz/set-v0 --env hopper --steps 2"
+        words += " --eval-every 1 --episodes 1 --episode-limit 2 --batch 2 --lm-length 8"
+        words += f" --dtype fp32 --context 2 --out {folder} --name run"
+        patch.setattr(sys, "argv", ["train.py", *words.split()])
+        patch.setattr(train, "end_run", lambda *a, **k: None)  # as if it was killed just before
+        train.main()
+    return folder
+
+
+# --- datasets ------------------------------------------------------------------------------------
+
+
+def replace(name, change):
+    def spoil(folder):
+        with h5py.File(folder / "data" / "main_data.hdf5", "a") as file:
+            values = change(file[name][()])
+            del file[name]
+            file[name] = values
+
+    return spoil
+
+
+def told(**parts):
+    def spoil(folder):
+        path = folder / "data" / "metadata.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | parts))
+
+    return spoil
+
+
+def two_lines(folder):
+    path = folder / "data" / "metadata.json"
+    metadata = json.loads(path.read_text())
+    spec = json.loads(metadata["env_spec"]) | {"entry_point": "gym\nnasium\x1b[2J:Env"}
+    path.write_text(json.dumps(metadata | {"env_spec": json.dumps(spec)}))
+
+
+def load(folder):
+    source, _, _ = find_dataset("x", Task(), 1.0, str(folder))
+    environment, _ = find_environment(Task(), source)
+    return load_trajectories(source, environment.action_space)
+
+
+DATASETS = {
+    "rewards in columns": (replace("episode_1/rewards", lambda r: r[:, None]), "expected (5,)"),
+    "actions in a cube": (replace("episode_1/actions", lambda a: a[..., None]), "expected (5,)"),
+    "actions of text": (replace("episode_1/actions", lambda a: a.astype("S5")), "no numbers (S)"),
+    "rewards of complex numbers": (
+        replace("episode_1/rewards", lambda r: r + 1j),
+        "no numbers (c)",
+    ),
+    "an id that is none": (told(dataset_id="fu\0\0/set-."), "no readable Minari dataset"),
+    "a version that is none": (told(minari_version="x" * 99), "no readable Minari dataset"),
+    "a module over two lines": (two_lines, r"the module gym\nnasium\x1b[2J;"),
+}
+
+
+def test_a_sound_dataset_is_read(sound):
+    assert len(load(sound / "minari/fuzz/set-v0")) == 15
+
+
+@pytest.mark.parametrize("what", DATASETS)
+def test_a_dataset_is_refused_in_one_line(what, sound, tmp_path):
+    spoil, says = DATASETS[what]
+    folder = tmp_path / "set"
+    shutil.copytree(sound / "minari/fuzz/set-v0", folder)
+    spoil(folder)
+    with pytest.raises(UserError) as error:
+        load(folder)
+    assert says in str(error.value)
+    assert str(error.value).isprintable()
+
+
+# --- checkpoints and runs ------------------------------------------------------------------------
+
+
+def base_without_hash(c):
+    del c["base"]["sha256"]
+
+
+def score_of_text(c):
+    c["environment"]["expert"] = "inf"
+
+
+def other_embedding(c):
+    c["settings"]["embed"] = "linE"
+
+
+def endless_context(c):
+    c["settings"]["context"] = 10**12
+
+
+def endless_episodes(c):
+    c["settings"]["max_ep_len"] = 10**12
+
+
+def nan_weight(c):
+    c["model"]["embed_ln.bias"][0] = float("nan")
+
+
+@pytest.mark.parametrize(
+    ("spoil", "says"),
+    [
+        (base_without_hash, "does not name its language model"),
+        (score_of_text, "describes no environment"),
+        (other_embedding, "the setting embed linE"),
+        (endless_context, "the setting context 1000000000000, which cannot be"),
+        (endless_episodes, "the setting max_ep_len 1000000000000, which cannot be"),
+        (nan_weight, "embed_ln.bias holds what is no finite number"),
+    ],
+)
+def test_a_checkpoint_is_refused_in_one_line(spoil, says, sound, tmp_path):
+    content = load_tensors(sound / "run" / "ckpt.pt")
+    spoil(content)
+    torch.save(content, tmp_path / "ckpt.pt")
+    with pytest.raises(UserError) as error:
+        load_model(tmp_path / "ckpt.pt", read_checkpoint(tmp_path / "ckpt.pt"))
+    assert says in str(error.value)
+
+
+def model_of_text(s):
+    s["model"] = dict.fromkeys(s["model"], "x")
+
+
+def evaluation_without_step(s):
+    del s["evaluations"][0]["step"]
+
+
+def results_of_a_tensor(s):
+    s["evaluations"][0]["results"] = torch.zeros(())
+
+
+def failed_of_a_number(s):
+    s["evaluations"][0]["results"][0]["failed"] = torch.tensor(1)
+
+
+def log_before_its_beginning(s):
+    s["log_bytes"] = -1
+
+
+def moments_of_another_shape(s):
+    s["optimiser"]["state"][0]["exp_avg"] = torch.zeros(1)
+
+
+def optimiser_of_text(s):
+    s["optimiser"]["param_groups"][0]["betas"] = "xx"
+
+
+def optimiser_of_a_list(s):
+    s["optimiser"]["state"] = []
+
+
+def text_for_a_generator(s):
+    s["processes"][0]["windows"] = "x"
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        model_of_text,
+        evaluation_without_step,
+        results_of_a_tensor,
+        failed_of_a_number,
+        log_before_its_beginning,
+        moments_of_another_shape,
+        optimiser_of_text,
+        optimiser_of_a_list,
+        text_for_a_generator,
+    ],
+)
+def test_a_run_is_not_gone_on_with_in_one_line(spoil, sound, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("MINARI_DATASETS_PATH", str(sound / "minari"))
+    shutil.copytree(sound / "run", tmp_path / "run")
+    saved = load_tensors(tmp_path / "run" / "resume.pt")
+    spoil(saved)
+    torch.save(saved, tmp_path / "run" / "resume.pt")
+    monkeypatch.setattr(sys, "argv", ["train.py", "--resume", str(tmp_path / "run")])
+    with pytest.raises(SystemExit) as ended:
+        run_command(train.main)
+    assert ended.value.code == 2
+    line = capsys.readouterr().err.strip().splitlines()[-1]
+    assert line.startswith("error: ")
+    assert str(tmp_path / "run") in line
+
+
+@pytest.mark.parametrize(
+    "parts",
+    [
+        {"base": "x"},
+        {"base": {}},
+        {"versions": 1.5},
+        {"chosen": {"dataset": None}},
+        {"settings": {"env": "hopper"}},
+        {"settings": []},
+    ],
+)
+def test_a_runs_config_is_refused_in_one_line(parts, sound, tmp_path):
+    shutil.copytree(sound / "run", tmp_path / "run")
+    path = tmp_path / "run" / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | parts))
+    with pytest.raises(UserError, match="damaged, or another version's"):
+        read_run(tmp_path / "run", {}, train.Config)
+
+
+def test_settings_that_make_no_sense_are_refused_on_resuming(sound, tmp_path, monkeypatch):
+    shutil.copytree(sound / "run", tmp_path / "run")
+    path = tmp_path / "run" / "config.json"
+    config = json.loads(path.read_text())
+    config["settings"]["lr"] = -1.0
+    path.write_text(json.dumps(config))
+    monkeypatch.setattr(sys, "argv", ["train.py", "--resume", str(tmp_path / "run")])
+    with pytest.raises(UserError, match=r"--lr is -1\.0"):
+        train.main()
+
+
+def test_positions_beside_the_weights_must_be_theirs(sound, tmp_path):
+    tensors = load_gpt2(str(sound / "tiny.safetensors")).state_dict()
+    torch.save(tensors, tmp_path / "pytorch_model.bin")
+    for n in (12.5, "32", 0, 33, 10**12):
+        (tmp_path / "config.json").write_text(json.dumps({"n_head": 1, "n_positions": n}))
+        with pytest.raises(UserError, match="says n_positions"):
+            load_gpt2(str(tmp_path))
+
+
+def test_some_new_inputs(tmp_path):
+    """A short run of the fuzzer, with a new seed each time: it prints the input if one fails."""
+    seed = int.from_bytes(os.urandom(3))
+    command = [sys.executable, "tests/fuzz.py", "--inputs", "300", "--seed", str(seed)]
+    command += ["--out", str(tmp_path / "fuzz")]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, f"seed {seed}: {done.stdout}{done.stderr}"
+    assert "300 inputs, 0 failures" in done.stdout
