@@ -61,6 +61,7 @@ def check_settings(path, checkpoint):
         sound = isinstance(value, kind)
         if sound and type(value) in (int, float):
             sound = math.isfinite(value) and 0 <= value <= most.get(name, 2**63)
+            sound = sound and not (name.endswith("dropout") and value >= 1)
         if name == "targets" and sound:
             sound = all(type(x) in (int, float) and math.isfinite(x) for x in value) and value
         if not sound:

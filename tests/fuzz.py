@@ -167,49 +167,54 @@ def spoil_hdf5(draw, path):
 # --- what reads it -------------------------------------------------------------------------------
 
 
+def make_sound(folder):
+    """Put into a folder a tiny language model, a dataset in minari/, and a run's folder.
+
+    The run is as a kill just before its end leaves it. MINARI_DATASETS_PATH must be folder/minari.
+    """
+    import gymnasium as gym
+    import minari
+    import numpy as np
+    import torch
+    from minari.data_collector import EpisodeBuffer
+
+    import train
+    from load_gpt2 import save_gpt2
+    from model import GPT, GPTConfig
+
+    torch.manual_seed(0)
+    gpt = GPT(GPTConfig(1, 1, 12, 257, 32))
+    save_gpt2(gpt, folder / "tiny.safetensors", {})
+    torch.save(gpt.state_dict(), folder / "tiny.bin")
+    episodes = [
+        EpisodeBuffer(
+            observations=np.random.default_rng(i).normal(size=(6, 11)),
+            actions=np.zeros((5, 3), np.float32),
+            rewards=np.ones(5),
+            terminations=np.arange(5) == 4,
+            truncations=np.zeros(5, bool),
+        )
+        for i in range(3)
+    ]
+    minari.create_dataset_from_buffers("fuzz/set-v0", episodes, env=gym.make("Hopper-v5"))
+    words = f"--lm {folder / 'tiny.safetensors'} --dataset fuzz/set-v0 --env hopper --steps 2"
+    words += " --eval-every 1 --episodes 1 --episode-limit 2 --batch 2 --context 2 --lm-length 8"
+    sys.argv = ["train.py", *words.split(), "--dtype", "fp32", "--out", str(folder)]
+    sys.argv += ["--name", "run"]
+    really, train.end_run = train.end_run, lambda *a, **k: None
+    try:
+        train.main()
+    finally:
+        train.end_run = really
+
+
 class Readers:
     """Sound inputs, made once, and for each kind: spoil one, and hand it to its reader."""
 
     def __init__(self, folder):
-        import gymnasium as gym
-        import minari
-        import numpy as np
-        import torch
-        from minari.data_collector import EpisodeBuffer
-
-        import train
-        from load_gpt2 import save_gpt2
-        from model import GPT, GPTConfig
-
-        self.folder = folder
-        self.sound = folder / "sound"
+        self.folder, self.sound = folder, folder / "sound"
         self.sound.mkdir()
-        torch.manual_seed(0)
-        gpt = GPT(GPTConfig(1, 1, 12, 257, 32))
-        save_gpt2(gpt, self.sound / "tiny.safetensors", {})
-        torch.save(gpt.state_dict(), self.sound / "tiny.bin")
-        episodes = [
-            EpisodeBuffer(
-                observations=np.random.default_rng(i).normal(size=(6, 11)),
-                actions=np.zeros((5, 3), np.float32),
-                rewards=np.ones(5),
-                terminations=np.arange(5) == 4,
-                truncations=np.zeros(5, bool),
-            )
-            for i in range(3)
-        ]
-        minari.create_dataset_from_buffers("fuzz/set-v0", episodes, env=gym.make("Hopper-v5"))
-        shutil.copytree(
-            Path(os.environ["MINARI_DATASETS_PATH"]) / "fuzz/set-v0", self.sound / "set"
-        )
-        words = (
-            f"--lm {self.sound / 'tiny.safetensors'} --dataset fuzz/set-v0 --env hopper --steps 2"
-        )
-        words += (
-            " --eval-every 1 --episodes 1 --episode-limit 2 --batch 2 --lm-length 8 --context 2"
-        )
-        words += f" --dtype fp32 --out {self.sound} --name run"
-        self.run_words(train, words.split(), stop_at_the_last_save=True)
+        make_sound(self.sound)
         self.payloads = [
             b"cos\nsystem\n(S'touch ran'\ntR.",
             f"c{CANARY}\nEnv\n)R.".encode(),
@@ -226,15 +231,6 @@ class Readers:
             "tokens and text": (self.tokens, 10),
             "command line": (self.words, 10),
         }
-
-    def run_words(self, module, words, stop_at_the_last_save=False):
-        sys.argv = ["command", *words]
-        if not stop_at_the_last_save:
-            module.main()
-            return
-        really, module.end_run = module.end_run, lambda *a, **k: None  # so that resume.pt stays
-        module.main()
-        module.end_run = really
 
     def checkpoint(self, draw, at):
         from checkpoint import load_model, read_checkpoint
@@ -261,7 +257,8 @@ class Readers:
             spoilt = spoil_zip(draw, content, self.folder, self.payloads)
         (at / name).write_bytes(spoil_bytes(draw, content) if spoilt is None else spoilt)
         if draw.random() < 0.25:
-            self.run_words(train, ["--resume", str(at)])
+            sys.argv = ["train.py", "--resume", str(at)]
+            train.main()
         else:
             read_run(at, {}, train.Config)
 
@@ -297,7 +294,7 @@ class Readers:
         from data import find_dataset, load_trajectories
         from tasks import Task, find_environment
 
-        shutil.copytree(self.sound / "set", at)
+        shutil.copytree(self.sound / "minari/fuzz/set-v0", at)
         path = at / "data" / "main_data.hdf5"
         if (kind := draw.random()) < 0.4:
             told = at / "data" / "metadata.json"
@@ -416,8 +413,12 @@ def watch(folder):
 def work(seed, first, n, folder):
     """Feed inputs `first` to `first + n`, one JSON line each to stdout."""
     os.environ |= {"HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
-    os.environ |= {"LAMO_CACHE": f"{folder}/cache", "MINARI_DATASETS_PATH": f"{folder}/minari"}
+    os.environ |= {
+        "LAMO_CACHE": f"{folder}/cache",
+        "MINARI_DATASETS_PATH": f"{folder}/sound/minari",
+    }
     os.environ |= {"HOME": str(folder), "TMPDIR": str(folder), "MPLCONFIGDIR": str(folder)}
+    os.environ["MINARI_DATASETS_PATH"] = f"{folder}/sound/minari"
     (folder / f"{CANARY}.py").write_text(
         "import pathlib; pathlib.Path('ran').touch()\nEnv = make = 1"
     )

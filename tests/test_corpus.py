@@ -10,20 +10,16 @@ import subprocess
 import sys
 from pathlib import Path
 
-import gymnasium as gym
 import h5py
-import minari
-import numpy as np
 import pytest
 import torch
-from minari.data_collector import EpisodeBuffer
+from fuzz import make_sound
 
 import train
 from checkpoint import load_model, read_checkpoint
 from data import find_dataset, load_trajectories
 from files import load_tensors
-from load_gpt2 import load_gpt2, save_gpt2
-from model import GPT, GPTConfig
+from load_gpt2 import load_gpt2
 from plumbing import UserError, run_command
 from run_folder import read_run
 from tasks import Task, find_environment
@@ -33,29 +29,12 @@ ROOT = Path(__file__).resolve().parent.parent
 
 @pytest.fixture(scope="module")
 def sound(tmp_path_factory):
-    """A folder with a tiny language model, a dataset, and a run of two steps cut before its end."""
+    """The folder that fuzz.make_sound fills."""
     folder = tmp_path_factory.mktemp("sound")
-    torch.manual_seed(0)
-    save_gpt2(GPT(GPTConfig(1, 1, 12, 257, 32)), folder / "tiny.safetensors", {})
-    episodes = [
-        EpisodeBuffer(
-            observations=np.random.default_rng(i).normal(size=(6, 11)),
-            actions=np.zeros((5, 3), np.float32),
-            rewards=np.ones(5),
-            terminations=np.arange(5) == 4,
-            truncations=np.zeros(5, bool),
-        )
-        for i in range(3)
-    ]
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("MINARI_DATASETS_PATH", str(folder / "minari"))
-        minari.create_dataset_from_buffers("fuzz/set-v0", episodes, env=gym.make("Hopper-v5"))
-        words = f"--lm {folder / 'tiny.safetensors'} --dataset fuzz/set-v0 --env hopper --steps 2"
-        words += " --eval-every 1 --episodes 1 --episode-limit 2 --batch 2 --lm-length 8"
-        words += f" --dtype fp32 --context 2 --out {folder} --name run"
-        patch.setattr(sys, "argv", ["train.py", *words.split()])
-        patch.setattr(train, "end_run", lambda *a, **k: None)  # as if it was killed just before
-        train.main()
+        patch.setattr(sys, "argv", sys.argv)
+        make_sound(folder)
     return folder
 
 
@@ -138,6 +117,10 @@ def other_embedding(c):
     c["settings"]["embed"] = "linE"
 
 
+def too_much_dropout(c):
+    c["settings"]["lora_dropout"] = 1.1
+
+
 def endless_context(c):
     c["settings"]["context"] = 10**12
 
@@ -156,6 +139,7 @@ def nan_weight(c):
         (base_without_hash, "does not name its language model"),
         (score_of_text, "describes no environment"),
         (other_embedding, "the setting embed linE"),
+        (too_much_dropout, "the setting lora_dropout 1.1, which cannot be"),
         (endless_context, "the setting context 1000000000000, which cannot be"),
         (endless_episodes, "the setting max_ep_len 1000000000000, which cannot be"),
         (nan_weight, "embed_ln.bias holds what is no finite number"),
