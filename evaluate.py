@@ -23,7 +23,15 @@ from tqdm import tqdm
 from checkpoint import build_model, load_model, read_checkpoint
 from load_gpt2 import TEXT_TOKENS, talk
 from lora import merged, round_frozen
-from plumbing import Parser, UserError, check_numbers, choose_device, first_line, run_command
+from plumbing import (
+    Parser,
+    UserError,
+    check_numbers,
+    choose_device,
+    first_line,
+    give_back_memory,
+    run_command,
+)
 from run_folder import written
 from spaces import (
     action_size,
@@ -191,6 +199,8 @@ def rollout(
             if not alive.any() or t + 1 == T:
                 break
     envs.close()
+    del envs
+    give_back_memory()
     model.train(training)
     return [
         {

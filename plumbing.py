@@ -8,6 +8,7 @@ import argparse
 import ctypes
 import difflib
 import functools
+import gc
 import importlib
 import inspect
 import math
@@ -47,6 +48,16 @@ def keep_freed_memory():
     if sys.platform == "linux" and hasattr(ctypes.CDLL(None), "mallopt"):
         ctypes.CDLL(None).mallopt(-3, 2**30)  # M_MMAP_THRESHOLD: blocks the system is asked for
         ctypes.CDLL(None).mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: free memory kept at the end
+
+
+def give_back_memory():
+    """Return to the system what is free between what is in use.
+
+    An evaluation's environments leave such pieces, which add up where freed memory is kept.
+    """
+    gc.collect()  # environments refer to themselves
+    if sys.platform == "linux" and hasattr(ctypes.CDLL(None), "malloc_trim"):
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def close_bars():

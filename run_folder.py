@@ -181,6 +181,9 @@ def read_run(path, typed, config):
             why = f"{name} in it is no {kind.__name__} that could be"
             raise UserError(f"{folder / RESUME} is damaged: {why}; delete it to start anew")
     check_evaluations(folder / RESUME, saved["evaluations"])
+    steps, evaluated = begun["settings"]["steps"], [e["step"] for e in saved["evaluations"]]
+    if saved["step"] > steps or (saved["step"] == steps and steps not in evaluated):
+        raise UserError(f"{folder / RESUME} is damaged: its step; delete it to start anew")
     return begun, saved
 
 

@@ -174,6 +174,14 @@ def log_before_its_beginning(s):
     s["log_bytes"] = -1
 
 
+def end_without_evaluation(s):
+    s["evaluations"] = []
+
+
+def steps_beyond_the_end(s):
+    s["step"] = 3
+
+
 def moments_of_another_shape(s):
     s["optimiser"]["state"][0]["exp_avg"] = torch.zeros(1)
 
@@ -198,6 +206,8 @@ def text_for_a_generator(s):
         results_of_a_tensor,
         failed_of_a_number,
         log_before_its_beginning,
+        end_without_evaluation,
+        steps_beyond_the_end,
         moments_of_another_shape,
         optimiser_of_text,
         optimiser_of_a_list,

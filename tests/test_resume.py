@@ -8,6 +8,7 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -169,6 +170,26 @@ def test_what_cannot_be_resumed_is_said_in_one_line(stopped, monkeypatch, tmp_pa
     (stopped / "resume.pt").write_bytes(whole)
     (stopped / "log.jsonl").write_text("")
     assert "is shorter than it was" in says(stopped)
+
+
+def test_what_has_changed_since_a_run_began_is_said(stopped, monkeypatch, capsys):
+    config = json.loads((stopped / "config.json").read_text())
+    config["versions"]["numpy"] = "1.0"
+    config["git"] = {"commit": "0" * 40, "dirty": False}
+    (stopped / "config.json").write_text(json.dumps(config))
+    command(monkeypatch, "--resume", stopped)
+    said = capsys.readouterr().out
+    assert f"numpy 1.0 when it was begun, {np.__version__} now: it may not end with" in said
+    assert f"commit {'0' * 40} when it was begun" in said
+    assert "torch" not in [line.split()[1] for line in said.splitlines() if " now: " in line]
+
+
+def test_another_text_is_refused(stopped, monkeypatch):
+    config = json.loads((stopped / "config.json").read_text())
+    config["base"]["text"] = "0" * 32 + "-bytes"
+    (stopped / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UserError, match="was begun on another text: the Python manual"):
+        command(monkeypatch, "--resume", stopped)
 
 
 def test_a_name_is_a_folder_of_its_own(stopped, monkeypatch):

@@ -1,5 +1,6 @@
 """train.py and evaluate.py as a user runs them, and the losses of one process against two."""
 
+import hashlib
 import itertools
 import json
 import os
@@ -7,6 +8,7 @@ import shutil
 import socket
 import subprocess
 import sys
+from importlib.metadata import version
 from pathlib import Path
 
 import gymnasium as gym
@@ -18,6 +20,7 @@ import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 
+import run_folder
 from checkpoint import build_model, load_model, read_checkpoint, trained_state
 from data import BUNDLED, find_dataset, read_dataset
 from evaluate import rollout
@@ -26,6 +29,7 @@ from plumbing import UserError, join_processes, leave_processes
 from run_folder import final_result
 from settings import METHODS, resolve
 from tasks import TASKS, normalised_score
+from text import cache_folder
 from train import Config, ahead, valid_steps
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -110,6 +114,65 @@ def test_what_was_chosen_is_printed_and_recorded(short_run):
     assert result["score"] == max(t["score"] for t in result["targets"])
     assert result["dataset"] == config["chosen"]["dataset"]
     assert str(folder / "ckpt.pt") in printed
+
+
+def test_what_a_run_depends_on_is_recorded(short_run):
+    folder, _ = short_run
+    config = json.loads((folder / "config.json").read_text())
+    assert config["versions"]["torch"] == torch.__version__
+    assert config["versions"]["python"] == sys.version.split()[0]
+    for package in ("numpy", "gymnasium", "mujoco", "minari", "tiktoken"):
+        assert config["versions"][package] == version(package)
+    assert config["machine"]["device"] == "cpu"
+    assert config["machine"]["threads"] >= 1
+    assert config["data"]["dataset"] == "lamo/hopper/medium-1pct-v0"
+    assert len(config["data"]["sha256"]) == len(config["base"]["sha256"]) == 64
+    (text,) = (cache_folder()).glob("python-manual-*.txt")
+    digest = hashlib.sha256(text.read_bytes()).hexdigest()
+    assert config["base"]["text"] == f"{digest[:32]}-bytes"
+
+
+def test_the_codes_commit_is_recorded_and_whether_it_was_changed(tmp_path, monkeypatch):
+    def git(*words):
+        identity = ["-c", "user.name=x", "-c", "user.email=x@x", "-c", "commit.gpgsign=false"]
+        command = ["git", *identity, *words]
+        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+        return done.stdout.strip()
+
+    monkeypatch.setattr(run_folder, "__file__", str(tmp_path / "run_folder.py"))
+    assert run_folder.code_version() == {"commit": None, "dirty": None}
+    (tmp_path / "run_folder.py").write_text("1")
+    git("init")
+    git("add", ".")
+    git("commit", "-m", "x")
+    commit = git("rev-parse", "HEAD")
+    assert len(commit) == 40
+    assert run_folder.code_version() == {"commit": commit, "dirty": False}
+    (tmp_path / "new.txt").write_text("not looked at")
+    assert run_folder.code_version() == {"commit": commit, "dirty": False}
+    (tmp_path / "run_folder.py").write_text("2")
+    assert run_folder.code_version() == {"commit": commit, "dirty": True}
+    (tmp_path / "inner").mkdir()  # another project's repository is around ours
+    monkeypatch.setattr(run_folder, "__file__", str(tmp_path / "inner" / "run_folder.py"))
+    assert run_folder.code_version() == {"commit": None, "dirty": None}
+
+
+def test_the_same_command_gives_the_same_bits(tmp_path):
+    """Also under --deterministic, which changes nothing on a CPU."""
+    flags = "--env hopper --ratio 0.01 --steps 6 --eval-every 3 --episodes 1 --episode-limit 9"
+    flags += " --batch 4 --lm-length 32 --dropout 0.1 --log-every 2 --seed 3"
+    for name, more in (("one", []), ("two", []), ("three", ["--deterministic"])):
+        run("train.py", *flags.split(), "--out", tmp_path, "--name", name, *more)
+    logs, weights = [], []
+    for name in ("one", "two", "three"):
+        rows = [json.loads(row) for row in (tmp_path / name / "log.jsonl").read_text().splitlines()]
+        logs.append([{k: v for k, v in row.items() if k != "seconds"} for row in rows])
+        weights.append(read_checkpoint(tmp_path / name / "ckpt.pt")["model"])
+    assert logs[0] == logs[1] == logs[2]
+    for other in weights[1:]:
+        assert all(torch.equal(other[name], tensor) for name, tensor in weights[0].items())
+    settings = json.loads((tmp_path / "three" / "config.json").read_text())["settings"]
+    assert settings["deterministic"] is True
 
 
 def test_a_checkpoint_is_small_and_holds_no_frozen_tensor(short_run):
