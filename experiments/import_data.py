@@ -17,6 +17,7 @@ import numpy as np
 from tqdm import tqdm
 
 from experiments.write_dataset import dataset_folder, write_dataset
+from files import check_hdf5
 from plumbing import UserError, choose, first_line
 from spaces import FRAME
 
@@ -40,6 +41,7 @@ def read_d4rl(path):
     if not Path(path).is_file():
         raise UserError(f"there is no file {path}; give D4RL's, hopper_medium-v2.hdf5 say")
     try:
+        check_hdf5(path)
         with h5py.File(path) as file:
             missing = [key for key in D4RL_KEYS if key not in file]
             if missing:
@@ -55,7 +57,7 @@ def read_d4rl(path):
                         "dimensions of numbers"
                     )
             arrays = {key: file[key][()] for key in keys}
-    except OSError as error:
+    except (OSError, RuntimeError, KeyError, ValueError) as error:  # h5py's
         raise UserError(f"{path} is no readable HDF5 file: {first_line(error)}") from error
     N = len(arrays["rewards"])
     for key, array in arrays.items():

@@ -18,6 +18,7 @@ from run_folder import final_result
 
 # settings that may differ between runs whose mean is taken
 FREE = ("seed", "device", "compile", "log_every", "out", "name", "resume", "tensorboard", "wandb")
+FREE += ("deterministic", "env_module", "skip_bad_steps")
 PLACE = ("env", "method", "algo", "ratio", "mode", "dataset", "quality")  # what a table shows
 NOT_RUNS = ("logs", "submitit")  # sweep.py's own folders beside the runs
 
