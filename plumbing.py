@@ -155,10 +155,7 @@ def parse_flags(config, prog, description):
 
 
 def check_kinds(settings, config, path):
-    """Raises UserError, naming path, unless these are all the settings of a dataclass of them.
-
-    As parse_flags and defaults leave them, the word auto included.
-    """
+    """Raises UserError, naming path, unless these are all the settings of a dataclass of them."""
     for field in fields(config):
         value, kind = settings.get(field.name), field.type
         inner = kind.__args__[0] if kind in (list[float], list[str]) else None
@@ -167,7 +164,7 @@ def check_kinds(settings, config, path):
         else:
             sound = isinstance(value, (int, float) if kind is float else kind)
         sound = sound and (kind is bool or type(value) is not bool)
-        if not sound and not (value == "auto" and field.default == "auto"):
+        if not sound:
             why = f"it has {field.name} {str(value)[:40]!r}: damaged, or another version's"
             raise UserError(f"{path} cannot be gone on with: {why}")
 

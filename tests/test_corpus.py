@@ -238,6 +238,7 @@ def test_a_run_is_not_gone_on_with_in_one_line(spoil, sound, tmp_path, monkeypat
         {"chosen": {"dataset": None}},
         {"settings": {"env": "hopper"}},
         {"settings": []},
+        {"settings": None},
     ],
 )
 def test_a_runs_config_is_refused_in_one_line(parts, sound, tmp_path):
@@ -245,6 +246,16 @@ def test_a_runs_config_is_refused_in_one_line(parts, sound, tmp_path):
     path = tmp_path / "run" / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | parts))
     with pytest.raises(UserError, match="damaged, or another version's"):
+        read_run(tmp_path / "run", {}, train.Config)
+
+
+def test_a_setting_left_open_is_refused(sound, tmp_path):
+    shutil.copytree(sound / "run", tmp_path / "run")
+    path = tmp_path / "run" / "config.json"
+    config = json.loads(path.read_text())
+    config["settings"]["lm_coef"] = "auto"
+    path.write_text(json.dumps(config))
+    with pytest.raises(UserError, match="it has lm_coef 'auto': damaged, or another version's"):
         read_run(tmp_path / "run", {}, train.Config)
 
 
