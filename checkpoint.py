@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from embeddings import ZERO
-from files import load_tensors
+from files import check_memory, load_tensors
 from load_gpt2 import find_config, fingerprint, load_gpt2
 from lora import inject_lora, mark_trainable
 from model import GPT, LaMo
@@ -70,7 +70,7 @@ def check_settings(path, checkpoint):
     for name, valid in CHOICES.items():
         if settings[name] not in valid:
             raise UserError(f"{path} has the setting {name} {settings[name][:40]}: damaged")
-    for name in ("context", "max_ep_len", "episodes", "scale"):
+    for name in ("context", "max_ep_len", "episodes", "scale", "lora_rank"):
         if settings[name] == 0:
             raise UserError(f"{path} has the setting {name} 0, which cannot be: damaged")
 
@@ -98,6 +98,11 @@ def build_model(settings, environment):
         known = " or ".join(map(str, ZERO))
         why = f"--embed tokens knows the digits of vocabularies of {known} words only"
         raise UserError(f"{why}; use --embed mlp")
+    sizes = {"max_ep_len": gpt.config.n_embd}  # numbers for each
+    if settings["train"] == "lora":
+        sizes["lora_rank"] = 6 * gpt.config.n_layer * gpt.config.n_embd
+    for name, numbers in sizes.items():  # weight, gradient and AdamW's two moments, 4 bytes each
+        check_memory(16 * numbers * settings[name], f"--{name.replace('_', '-')} {settings[name]}")
     model = LaMo(gpt, obs_shape, n_act, discrete, settings["embed"], settings["max_ep_len"])
     if settings["train"] == "lora":
         rank, alpha = settings["lora_rank"], settings["lora_alpha"]

@@ -79,6 +79,14 @@ def run_command(main):
         close_bars()
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2) from None
+    except (MemoryError, RuntimeError) as error:  # what PyTorch raises on CUDA is one of the latter
+        text = " ".join(first_line(error).split())
+        if not (isinstance(error, MemoryError) or re.search("out of memory|allocate memory", text)):
+            raise
+        close_bars()
+        how = "use a smaller --batch or --context, a smaller model or part of the data"
+        print(f"error: not enough memory ({text[-120:]}); {how}", file=sys.stderr)
+        raise SystemExit(2) from None
 
 
 class StopSignals:

@@ -215,6 +215,7 @@ class Readers:
         self.folder, self.sound = folder, folder / "sound"
         self.sound.mkdir()
         make_sound(self.sound)
+        shutil.rmtree(folder / "cache")
         self.payloads = [
             b"cos\nsystem\n(S'touch ran'\ntR.",
             f"c{CANARY}\nEnv\n)R.".encode(),
@@ -247,6 +248,7 @@ class Readers:
 
     def resume(self, draw, at):
         import train
+        from plumbing import run_command
         from run_folder import read_run
 
         shutil.copytree(self.sound / "run", at)
@@ -262,7 +264,7 @@ class Readers:
         ]
         if max(sizes) < 100 and draw.random() < 0.25:  # larger ones just take long
             sys.argv = ["train.py", "--resume", str(at)]
-            train.main()
+            run_command(train.main)
 
     def safetensors(self, draw, at):
         from load_gpt2 import load_gpt2

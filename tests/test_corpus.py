@@ -121,6 +121,10 @@ def too_much_dropout(c):
     c["settings"]["lora_dropout"] = 1.1
 
 
+def no_rank(c):
+    c["settings"]["lora_rank"] = 0
+
+
 def endless_context(c):
     c["settings"]["context"] = 10**12
 
@@ -140,6 +144,7 @@ def nan_weight(c):
         (score_of_text, "describes no environment"),
         (other_embedding, "the setting embed linE"),
         (too_much_dropout, "the setting lora_dropout 1.1, which cannot be"),
+        (no_rank, "the setting lora_rank 0, which cannot be"),
         (endless_context, "the setting context 1000000000000, which cannot be"),
         (endless_episodes, "the setting max_ep_len 1000000000000, which cannot be"),
         (nan_weight, "embed_ln.bias holds what is no finite number"),
@@ -268,6 +273,27 @@ def test_settings_that_make_no_sense_are_refused_on_resuming(sound, tmp_path, mo
     monkeypatch.setattr(sys, "argv", ["train.py", "--resume", str(tmp_path / "run")])
     with pytest.raises(UserError, match=r"--lr is -1\.0"):
         train.main()
+
+
+@pytest.mark.parametrize(
+    ("flags", "says"),
+    [
+        ("--max-ep-len 1000000000000", "--max-ep-len 1000000000000 would take"),
+        ("--lora-rank 1000000000000", "--lora-rank 1000000000000 would take"),
+        ("--batch 1000000000000", "not enough memory"),
+    ],
+)
+def test_too_large_a_number_is_one_line(flags, says, sound, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("MINARI_DATASETS_PATH", str(sound / "minari"))
+    words = f"--env hopper --dataset fuzz/set-v0 --lm {sound / 'tiny.safetensors'} --steps 2"
+    words += f" --lm-length 8 --out {tmp_path} {flags}"
+    monkeypatch.setattr(sys, "argv", ["train.py", *words.split()])
+    with pytest.raises(SystemExit) as ended:
+        run_command(train.main)
+    assert ended.value.code == 2
+    errors = capsys.readouterr().err
+    assert says in errors.strip().splitlines()[-1]
+    assert "Traceback" not in errors
 
 
 def test_positions_beside_the_weights_must_be_theirs(sound, tmp_path):

@@ -170,6 +170,7 @@ def test_whatever_write_fails_the_run_goes_on_from_there(kind, tmp_path, faults,
             assert (rows, score) == whole[:2], at
             assert all(torch.equal(tensor, whole[2][n]) for n, tensor in weights.items()), at
             assert not [path for path in folder.iterdir() if path.name.startswith(".")]
+    print(f"{kind}: {writes} places, each failed once")
 
 
 @pytest.mark.parametrize("kind", KINDS)
