@@ -1,7 +1,6 @@
 """Data: a Minari dataset, found or fetched -> flat tensors (windows.Trajectories)."""
 
 import io
-import json
 import math
 import os
 import shutil
@@ -60,10 +59,13 @@ def find_dataset(env, task, ratio, name="auto", quality="medium"):
         share = 1.0
         if (folder / "about.json").is_file():
             try:
-                about = json.loads((folder / "about.json").read_text())
-                share = min(1.0, float(about.get("share", 1.0)))
-            except (ValueError, TypeError, AttributeError) as error:
+                share = float(read_json(folder / "about.json").get("share", 1.0))
+            except (OSError, ValueError, TypeError) as error:
                 raise UserError(f"{folder / 'about.json'} does not tell a share") from error
+            if not 0 < share <= 1:
+                raise UserError(
+                    f"{folder / 'about.json'} tells a share of {share:g}: not in (0, 1]"
+                )
         if ratio > share:
             full = f", or record a full one: {record}" if task.recorded else ""
             if folder == local / str(task.recorded):

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
+from files import read_json
 from plumbing import UserError
 from run_folder import final_result
 
@@ -78,7 +79,7 @@ def read_log(path, remarks):
 def read_run(folder, remarks):
     """The Run of a folder. Raises UserError for what cannot be counted, saying why."""
     try:
-        config = json.loads((folder / "config.json").read_text())
+        config = read_json(folder / "config.json")
         settings, steps = config["settings"], config["settings"]["steps"]
         every = settings["eval_every"]
         lm = config["base"]["lm"] if config["base"] else "none"
@@ -123,7 +124,7 @@ def read_run(folder, remarks):
         best = [t["target"] for t in result["targets"]].index(result["target"])
         curve = [(e["step"], e["results"][best]["score"]) for e in evaluations]
         language = [(r["step"], r["lm_loss"]) for r in log if r.get("lm_loss") is not None]
-        written = json.loads((folder / "result.json").read_text())["score"]
+        written = read_json(folder / "result.json")["score"]
     except (ValueError, KeyError, TypeError, IndexError) as error:
         raise UserError(f"{folder}: left out, for its log or result is damaged") from error
     if not math.isclose(written, result["score"], abs_tol=1e-6):

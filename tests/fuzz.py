@@ -300,14 +300,17 @@ class Readers:
 
         shutil.copytree(self.sound / "minari/fuzz/set-v0", at)
         path = at / "data" / "main_data.hdf5"
-        if (kind := draw.random()) < 0.4:
+        if (kind := draw.random()) < 0.05:
+            about = json.dumps({"share": 0.5, "episodes": 3}).encode()
+            (at / "about.json").write_bytes(spoil_json(draw, about))
+        elif kind < 0.4:
             told = at / "data" / "metadata.json"
             told.write_bytes(spoil_json(draw, told.read_bytes()))
         elif kind < 0.75:
             spoil_hdf5(draw, path)
         else:
             path.write_bytes(spoil_bytes(draw, path.read_bytes()))
-        source, _, _ = find_dataset("x", Task(), 1.0, str(at))
+        source, _, _ = find_dataset("x", Task(), 0.5, str(at))
         environment, _ = find_environment(Task(), source)
         load_trajectories(source, environment.action_space)
 

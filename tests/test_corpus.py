@@ -72,7 +72,14 @@ def load(folder):
     return load_trajectories(source, environment.action_space)
 
 
+def share(text):
+    return lambda folder: (folder / "about.json").write_text(f'{{"share": {text}}}')
+
+
 DATASETS = {
+    "a share of nothing": (share("0"), "says share 0, not in (0, 1]"),
+    "a share that is no number": (share("NaN"), "says share nan"),
+    "a share of too deep a nest": (share("[" * 10**5), "does not tell a share"),
     "rewards in columns": (replace("episode_1/rewards", lambda r: r[:, None]), "expected (5,)"),
     "actions in a cube": (replace("episode_1/actions", lambda a: a[..., None]), "expected (5,)"),
     "actions of text": (replace("episode_1/actions", lambda a: a.astype("S5")), "no numbers (S)"),
