@@ -64,7 +64,7 @@ def find_dataset(env, task, ratio, name="auto", quality="medium"):
                 raise UserError(f"{folder / 'about.json'} does not tell a share") from error
             if not 0 < share <= 1:
                 raise UserError(
-                    f"{folder / 'about.json'} tells a share of {share:g}: not in (0, 1]"
+                    f"{folder / 'about.json'} tells a share of {share:g}, not in (0, 1]"
                 )
         if ratio > share:
             full = f", or record a full one: {record}" if task.recorded else ""

@@ -77,8 +77,8 @@ def share(text):
 
 
 DATASETS = {
-    "a share of nothing": (share("0"), "says share 0, not in (0, 1]"),
-    "a share that is no number": (share("NaN"), "says share nan"),
+    "a share of nothing": (share("0"), "a share of 0, not in (0, 1]"),
+    "a share that is no number": (share("NaN"), "a share of nan"),
     "a share of too deep a nest": (share("[" * 10**5), "does not tell a share"),
     "rewards in columns": (replace("episode_1/rewards", lambda r: r[:, None]), "expected (5,)"),
     "actions in a cube": (replace("episode_1/actions", lambda a: a[..., None]), "expected (5,)"),
