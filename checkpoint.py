@@ -58,7 +58,7 @@ def check_settings(path, checkpoint):
         most["lora_rank"] = widest
     for name, kind in KINDS.items():
         value = settings.get(name)
-        sound = isinstance(value, kind)
+        sound = isinstance(value, kind) and (kind is bool or type(value) is not bool)
         if sound and type(value) in (int, float):
             sound = math.isfinite(value) and 0 <= value <= most.get(name, 2**63)
             sound = sound and not (name.endswith("dropout") and value >= 1)

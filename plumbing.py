@@ -79,6 +79,12 @@ def run_command(main):
         close_bars()
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2) from None
+    except OSError as error:
+        if error.filename is None:  # no file of the user's
+            raise
+        close_bars()
+        print(f"error: {UserError(f'{error.filename}: {error.strerror}')}", file=sys.stderr)
+        raise SystemExit(2) from None
     except (MemoryError, RuntimeError) as error:  # what PyTorch raises on CUDA is one of the latter
         text = " ".join(first_line(error).split())
         if not (isinstance(error, MemoryError) or re.search("out of memory|allocate memory", text)):

@@ -15,6 +15,7 @@ import io
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -332,54 +333,36 @@ class Readers:
         import evaluate
         import train
         from experiments import pretrain, sweep
-        from plumbing import parse_flags
+        from plumbing import parse_flags, run_command
         from settings import resolve
 
         flags = [f"--{f.replace('_', '-')}" for f in train.Config.__dataclass_fields__]
-        flags += [
-            "--evaluate",
-            "--algo",
-            "--text",
-            "--heldout",
-            "--size",
-            "--x",
-            "--",
-            "-h",
-            "--env",
-        ]
-        values = [
-            "hopper",
-            "lamo",
-            "dt",
-            "0",
-            "-1",
-            "1e400",
-            "nan",
-            "0.5",
-            "mini",
-            "auto",
-            "",
-            "\0",
-        ]
-        values += ["x" * 5000, "é", "--env", "1 2", "/", "..", "gpt2", "os", "true", "10000000000"]
-        words = [
-            draw.choice(flags if draw.random() < 0.6 else values) for _ in range(draw.randrange(9))
-        ]
+        flags += ["--evaluate", "--algo", "--text", "--heldout", "--size", "--x", "--", "-h"]
+        values = ["hopper", "lamo", "dt", "0", "-1", "1e400", "nan", "0.5", "mini", "auto", ""]
+        values += ["x" * 5000, "é", "--env", "1 2", "/", "..", "gpt2", "os", "true", "9" * 11]
+        values += ["\0", "a\nb", "\x1b[2J"]
+        ours = ["--target", "--episodes", "--seed", "--video", "--at", "--json", "--prompt"]
+        kind = draw.choice(["train", "train", "pretrain", "evaluate", "sweep"])
+        flags = ours if kind == "evaluate" else flags
+        pools = [draw.choice([flags, flags, values]) for _ in range(draw.randrange(9))]
+        words = [draw.choice(pool) for pool in pools]
         sys.argv = ["command", *words]
-        if (kind := draw.random()) < 0.5:
-            typed = parse_flags(train.Config, "train.py", "")
-            if not typed.pop("resume", ""):
-                resolve(train.Config(), typed)
-        elif kind < 0.7:
-            pretrain.resolve(parse_flags(pretrain.Config, "pretrain", ""))
-        elif kind < 0.85:
-            ours = ["--target", "--episodes", "--seed", "--video", "--at", "--json", "--prompt"]
-            words = [draw.choice(ours if draw.random() < 0.5 else values) for _ in range(4)]
-            sys.argv = ["evaluate.py", str(self.sound / "none.pt"), *words]
-            evaluate.main()
-        else:
-            sys.argv = ["sweep", *words, "--out", str(at), "--dry-run", "--flags", "--none"]
-            sweep.main()
+
+        def command():
+            if kind == "train":
+                typed = parse_flags(train.Config, "train.py", "")
+                if not typed.pop("resume", ""):
+                    resolve(train.Config(), typed)
+            elif kind == "pretrain":
+                pretrain.resolve(parse_flags(pretrain.Config, "pretrain", ""))
+            elif kind == "evaluate":
+                sys.argv.insert(1, str(self.sound / "none.pt"))
+                evaluate.main()
+            else:
+                sys.argv += ["--out", str(at), "--dry-run", "--flags", "--none"]
+                sweep.main()
+
+        run_command(command)
 
 
 # --- watching ------------------------------------------------------------------------------------
@@ -387,6 +370,11 @@ class Readers:
 
 class Hang(BaseException):
     """An input took too long."""
+
+
+def shortened(text):
+    """A traceback without long repetitions, its end."""
+    return re.sub(r"(.)\1{50,}", r"\1..", text)[-1500:]
 
 
 def watch(folder):
@@ -441,7 +429,7 @@ def work(seed, first, n, folder):
 
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # libraries in C write where they like
-    sys.stdout = sys.stderr = io.StringIO()
+    sys.stdout, sys.stderr = io.StringIO(), io.StringIO()
     signal.signal(signal.SIGALRM, too_long)
     readers = Readers(folder)
     names = list(readers.kinds)
@@ -462,12 +450,15 @@ def work(seed, first, n, folder):
                 told |= {"end": "failure", "why": f"more than a line: {error}"}
         except SystemExit as error:
             told["end"] = "refused"
+            said = sys.stderr.getvalue().splitlines()
+            if error.code == 2 and not (said and said[-1].startswith("error: ")):
+                told |= {"end": "failure", "why": f"no one line at the end: {said[-3:]}"}
             if error.code not in (0, 1, 2, None):
                 told |= {"end": "failure", "why": f"exit code {error.code}"}
         except Hang:
-            told |= {"end": "failure", "why": f"hang: {traceback.format_exc()[-1500:]}"}
+            told |= {"end": "failure", "why": f"hang: {shortened(traceback.format_exc())}"}
         except BaseException:
-            told |= {"end": "failure", "why": traceback.format_exc()[-1500:]}
+            told |= {"end": "failure", "why": shortened(traceback.format_exc())}
         finally:
             signal.alarm(0)
         if Path("ran").exists() or CANARY in sys.modules:
@@ -482,7 +473,7 @@ def work(seed, first, n, folder):
             kept.parent.mkdir(exist_ok=True)
             for path in folder.glob("input*"):
                 shutil.move(path, kept.with_suffix(path.suffix))
-        sys.stdout = sys.stderr = io.StringIO()
+        sys.stdout, sys.stderr = io.StringIO(), io.StringIO()
         for path in [*folder.glob("input*"), *(folder / "cache").rglob("*.bin")]:
             shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
         told["memory"] = psutil.Process().memory_info().rss
@@ -539,7 +530,9 @@ def main():
         elif not (folder / "kept").exists():
             shutil.rmtree(folder)
         process_n += 1
-    record = {"inputs": args.inputs, "seed": args.seed, "first": args.first, "table": table}
+    commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True)
+    record = {"commit": commit.stdout.strip()}
+    record |= {"inputs": args.inputs, "seed": args.seed, "first": args.first, "table": table}
     record |= {"failures": failures, "seconds": time.time() - started}
     (out / "record.json").write_text(json.dumps(record, indent=1))
     print(f"{'':18} {'refused':>8} {'accepted':>8} {'failures':>8} {'memory':>9}")

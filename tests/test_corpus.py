@@ -132,6 +132,10 @@ def no_rank(c):
     c["settings"]["lora_rank"] = 0
 
 
+def true_episodes(c):
+    c["settings"]["max_ep_len"] = True
+
+
 def endless_context(c):
     c["settings"]["context"] = 10**12
 
@@ -151,6 +155,7 @@ def nan_weight(c):
         (score_of_text, "describes no environment"),
         (other_embedding, "the setting embed linE"),
         (too_much_dropout, "the setting lora_dropout 1.1, which cannot be"),
+        (true_episodes, "the setting max_ep_len True, which cannot be"),
         (no_rank, "the setting lora_rank 0, which cannot be"),
         (endless_context, "the setting context 1000000000000, which cannot be"),
         (endless_episodes, "the setting max_ep_len 1000000000000, which cannot be"),
@@ -288,6 +293,7 @@ def test_settings_that_make_no_sense_are_refused_on_resuming(sound, tmp_path, mo
         ("--max-ep-len 1000000000000", "--max-ep-len 1000000000000 would take"),
         ("--lora-rank 1000000000000", "--lora-rank 1000000000000 would take"),
         ("--batch 1000000000000", "not enough memory"),
+        ("--corpus " + "x" * 5000, "xxx: File name too long"),
     ],
 )
 def test_too_large_a_number_is_one_line(flags, says, sound, tmp_path, monkeypatch, capsys):
