@@ -86,28 +86,34 @@ def summarise(looks, steps, every, evaluated):
     return parts
 
 
-def draw(parts, looks, path):
+def draw(parts, path):
     """Three small pictures over the steps: memory, open files and threads, time."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(7.2, 2.4), layout="constrained")
-    memory, files, speed = figure.subplots(1, 3)
-    steps = [look["step"] / 1000 for look in looks]
-    memory.plot(steps, [look["memory"] / 2**20 for look in looks], color="#0072B2", linewidth=0.8)
-    memory.set_title("resident memory, MiB", fontsize=9)
-    files.plot(steps, [look["files"] for look in looks], color="#D55E00", label="open files")
-    files.plot(steps, [look["threads"] for look in looks], color="#009E73", label="threads")
-    files.set_title("open files and threads", fontsize=9)
-    files.legend(fontsize=8)
-    known = [part for part in parts if part["cpu_ms_a_step"]]
-    x = [part["until"] / 1000 for part in known]
-    speed.plot(x, [part["cpu_ms_a_step"] for part in known], "o-", color="#0072B2", markersize=3)
-    speed.set_title("CPU time a step, ms (medians)", fontsize=9)
-    for axis in (memory, files, speed):
-        axis.set_ylim(bottom=0)
+    panels = {
+        "resident memory, MiB": {
+            "peak": ("memory_peak", "#999999"),
+            "median": ("memory", "#0072B2"),
+        },
+        "open files and threads": {
+            "files": ("files", "#D55E00"),
+            "threads": ("threads", "#009E73"),
+        },
+        "CPU time a step, ms": {"median": ("cpu_ms_a_step", "#0072B2")},
+    }
+    for axis, (title, lines) in zip(figure.subplots(1, 3), panels.items(), strict=True):
+        for label, (name, colour) in lines.items():
+            known = [part for part in parts if part[name] is not None]
+            values = [part[name] / (2**20 if "memory" in name else 1) for part in known]
+            steps = [part["until"] / 1000 for part in known]
+            axis.plot(steps, values, "o-", color=colour, markersize=2.5, linewidth=1, label=label)
+        axis.set_title(title, fontsize=9)
+        axis.set_ylim(0, 1.1 * axis.get_ylim()[1])
         axis.set_xlabel("thousand steps", fontsize=8)
         axis.tick_params(labelsize=8)
         axis.grid(alpha=0.3)
+        axis.legend(fontsize=8, loc="lower right")
     write_atomically(path, partial(figure.savefig, format="png", dpi=150))
 
 
@@ -132,7 +138,7 @@ def main():
     parts = summarise(looks, arguments.steps, every, evaluated)
     about = {"command": " ".join(sys.orig_argv[1:]), "parts": parts}
     write_json(out / "soak.json", about)
-    draw(parts, looks, out / "soak.png")
+    draw(parts, out / "soak.png")
     print(f"{'until':>7} {'memory':>9} {'peak':>9} {'files':>6} {'threads':>8} {'CPU a step':>11}")
     for part in parts:
         if part["memory"] is None:
