@@ -186,6 +186,14 @@ def download_dataset(name, local):
 # --- from a dataset to tensors --------------------------------------------------------------------
 
 
+def decode(picture, shape):
+    """A JPEG's bytes as pixels. Raises UserError, before it decodes it, if shape is another."""
+    image = Image.open(io.BytesIO(picture))
+    if image.size != (shape[1], shape[0]):
+        raise UserError(f"a picture is {image.size} wide and high, not as {shape} says")
+    return np.asarray(image)
+
+
 def read_frames(shape, pictures):
     """Pictures of an episode -> frames (T + 1, 84, 84) uint8, a few pictures in memory at a time.
 
@@ -195,12 +203,11 @@ def read_frames(shape, pictures):
     jpeg = pictures.ndim < 3
     frames = np.empty((len(pictures), FRAME, FRAME), np.uint8)
     for i in range(0, len(pictures), PICTURES_AT_A_TIME):
-        part = pictures[i : i + PICTURES_AT_A_TIME]
-        if jpeg:
-            part = [Image.open(io.BytesIO(picture)) for picture in part]
-            if wrong := [picture.size for picture in part if picture.size != (shape[1], shape[0])]:
-                raise UserError(f"a picture is {wrong[0]} wide and high, not as {shape} says")
-            part = np.stack([np.asarray(picture) for picture in part])  # only now are they decoded
+        if jpeg:  # one at a time: many may be one place of the file
+            ends = min(i + PICTURES_AT_A_TIME, len(pictures))
+            part = np.stack([decode(pictures[k], shape) for k in range(i, ends)])
+        else:
+            part = pictures[i : i + PICTURES_AT_A_TIME]
         frames[i : i + PICTURES_AT_A_TIME] = shrink(part)
     return frames
 

@@ -6,15 +6,21 @@ its own size is held against the file, and against this machine's memory, before
 Nothing that is read here can run code: torch's zip files are read by weights_only alone.
 """
 
+import glob
 import io
 import json
+import math
 import os
+import pickletools
+import re
+import struct
 import tempfile
 import zipfile
 from contextlib import contextmanager
 from pathlib import Path
 
 import h5py
+import numpy as np
 import psutil
 import torch
 from filelock import FileLock, Timeout
@@ -22,6 +28,9 @@ from filelock import FileLock, Timeout
 from plumbing import UserError
 
 MOST_SHRUNK = 1100  # gzip makes a file 1032 times smaller at most: one that claims more is forged
+LARGEST_CHUNK = 1 << 26  # bytes of a piece that HDF5 reads at once
+NAMED = {"torch._utils _rebuild_tensor_v2", "torch._utils _rebuild_parameter"}  # by torch.save
+NAMED |= {"collections OrderedDict"}
 LONGEST_JSON = 1 << 28  # bytes of a JSON file that are read
 
 
@@ -76,6 +85,13 @@ def check_writable(folder, flag):
         raise UserError(f"{flag} {folder}: {existing} is not a folder that can be written to")
 
 
+def clear_unfinished(path):
+    """Remove what a kill left of writing `path`. Nobody else may be writing it."""
+    for unfinished in Path(path).parent.glob(f".{glob.escape(Path(path).name)}.*"):
+        if unfinished.suffix != ".lock":
+            unfinished.unlink(missing_ok=True)
+
+
 @contextmanager
 def locked(path):
     """Within this no other process is within the same for `path`: what it makes is made once.
@@ -94,6 +110,7 @@ def locked(path):
     except OSError as error:
         raise UserError(f"cannot write {path}: {error.strerror or error}") from error
     try:
+        clear_unfinished(path)
         yield
     finally:
         lock.release()
@@ -123,24 +140,64 @@ def read_json(path):
     return content
 
 
+def check_directory(path):
+    """Raises ValueError unless a zip file has one list of its parts, however it is looked for.
+
+    zipfile looks for the list just before the end, PyTorch's reader where the end says it is: a
+    file could show each of them another one.
+    """
+    size = os.path.getsize(path)
+    with open(path, "rb") as file:
+        file.seek(max(0, size - 98))
+        end = file.read()  # zip64's end (56 bytes), its locator (20), the end (22), nothing after
+    if end[-22:-18] != b"PK\5\6" or end[-2:] != b"\0\0":
+        raise ValueError("not a zip file of torch's")
+    length, start = struct.unpack("<II", end[-10:-2])
+    behind = size - 22
+    if end[-42:-38] == b"PK\6\7":  # then both take zip64's numbers
+        behind = size - 98
+        if struct.unpack("<Q", end[-34:-26])[0] != behind or end[:4] != b"PK\6\6":
+            raise ValueError("its list of parts is not where it says")
+        length, start = struct.unpack("<QQ", end[40:56])
+    if start + length != behind:
+        raise ValueError("its list of parts is not where it says")
+
+
+def check_pickle(content):
+    """Raises ValueError for a pickle that names anything but tensors of numbers.
+
+    weights_only refuses code, but knows more names than torch.save writes for a dictionary of
+    tensors, some of which can be made to fill the memory.
+    """
+    for opcode, name, _ in pickletools.genops(content):
+        if opcode.name == "GLOBAL":
+            if name not in NAMED and not re.fullmatch(r"torch \w+Storage", name):
+                raise ValueError(f"it names {name}")
+        elif opcode.name in ("STACK_GLOBAL", "INST", "OBJ", "NEWOBJ", "NEWOBJ_EX"):
+            raise ValueError(f"its pickle has a {opcode.name}, which torch.save's have not")
+
+
 def load_tensors(path):
     """What torch.save wrote, on the CPU: dictionaries and lists of tensors, numbers and text.
 
     Nothing else is let through, no tensor is larger than what the file holds of it, and every byte
     has its checksum. Raises OSError, ValueError, or one of torch.load's many kinds.
     """
+    check_directory(path)
     size = os.path.getsize(path)
-    with open(path, "rb") as file, zipfile.ZipFile(file) as archive:
-        file.seek(max(0, size - 22))
-        if file.read(4) != b"PK\5\6":  # the end as torch writes it: all readers agree where it is
-            raise ValueError("not a zip file of torch's")
+    with zipfile.ZipFile(path) as archive:
         entries = archive.infolist()
         if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):
             raise ValueError("it is compressed, which torch.save's are not")
         if sum(entry.file_size for entry in entries) > size:
             raise ValueError("its parts are larger than the whole")
+        if len({entry.filename for entry in entries}) < len(entries):
+            raise ValueError("two of its parts have one name")
         if damaged := archive.testzip():  # torch.load looks at no checksum
             raise ValueError(f"{damaged} is damaged")
+        for entry in entries:
+            if entry.filename.endswith(".pkl"):
+                check_pickle(archive.read(entry))
     # Mapped, a tensor cannot reach beyond the file, whatever size it is said to have.
     content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     left = {"bytes": 2 * size, "parts": size}  # tied weights are one storage, read twice
@@ -173,7 +230,7 @@ def check_hdf5(path):
 
     HDF5 fills what was never written when it is read: a file of a few bytes may claim terabytes.
     """
-    claimed, largest = 0, 0
+    claimed, largest, size = 0, 0, os.path.getsize(path)
 
     def look(name, link):
         nonlocal claimed, largest
@@ -184,6 +241,13 @@ def check_hdf5(path):
             if item.is_virtual or item.external:
                 return f"{name} is kept in other files, which are not read"
             n_bytes = item.size * item.dtype.itemsize if item.shape is not None else 0
+            if item.chunks and math.prod(item.chunks) * item.dtype.itemsize > LARGEST_CHUNK:
+                return f"{name} is in pieces of {item.chunks}, too large to be read"
+            if h5py.check_vlen_dtype(item.dtype) or h5py.check_string_dtype(item.dtype):
+                for i in np.ndindex(item.shape):  # many may be one place of the file
+                    n_bytes += len(item[i])
+                    if n_bytes > MOST_SHRUNK * size:
+                        break
             claimed, largest = claimed + n_bytes, max(largest, n_bytes)
         return None
 
@@ -191,6 +255,6 @@ def check_hdf5(path):
         wrong = file.visititems_links(look)  # ends with the first answer
     if wrong:
         raise UserError(f"{path}: {wrong}")
-    if claimed > MOST_SHRUNK * os.path.getsize(path):
+    if claimed > MOST_SHRUNK * size:
         raise UserError(f"{path} claims to hold {claimed:,} bytes, more than its size allows")
     check_memory(largest, f"an episode in {path}")
