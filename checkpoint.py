@@ -16,7 +16,7 @@ from load_gpt2 import find_config, fingerprint, load_gpt2
 from lora import inject_lora, mark_trainable
 from model import GPT, LaMo
 from plumbing import UserError, first_line
-from spaces import action_size, is_choice, observation_shape
+from spaces import action_size, is_choice, is_picture, observation_shape
 from tasks import unpack
 
 FORMAT = "lamo-checkpoint-2"  # what ckpt["format"] says; a change of layout changes it
@@ -46,33 +46,55 @@ CHOICES = {  # of settings that are words
     "train": ["lora", "new", "all"],
     "dtype": ["bf16", "fp32"],
 }
-MOST = {"context": 10_000, "episodes": 10_000, "episode_limit": 10**9}  # that may be asked for
+MOST = {"context": 10_000, "episodes": 2000, "episode_limit": 10**9}  # that a file may ask for
+ABOVE_ZERO = ("context", "max_ep_len", "episodes", "scale", "lora_rank")
 
 
-def check_settings(path, checkpoint):
-    """Raises UserError for settings that no run of train.py's can have had with such tensors."""
+def check_settings(path, checkpoint, kinds=KINDS, choices=CHOICES):
+    """Raises UserError for settings of a kind or size that no run's can have been."""
     settings = checkpoint["settings"]
-    widest = max([1, *(n for tensor in checkpoint["model"].values() for n in tensor.shape)])
-    most = MOST | {"max_ep_len": widest}
-    if settings.get("train") == "lora":
-        most["lora_rank"] = widest
-    for name, kind in KINDS.items():
+
+    def refuse(name):
+        shown = f"{name} {str(settings.get(name))[:40]}"
+        raise UserError(f"{path} has the setting {shown}, which cannot be: damaged")
+
+    for name, kind in kinds.items():
         value = settings.get(name)
         sound = isinstance(value, kind) and (kind is bool or type(value) is not bool)
         if sound and type(value) in (int, float):
-            sound = math.isfinite(value) and 0 <= value <= most.get(name, 2**63)
+            sound = math.isfinite(value) and 0 <= value <= MOST.get(name, 2**63)
             sound = sound and not (name.endswith("dropout") and value >= 1)
-        if name == "targets" and sound:
-            sound = all(type(x) in (int, float) and math.isfinite(x) for x in value) and value
-        if not sound:
-            shown = str(value)[:40]
-            raise UserError(f"{path} has the setting {name} {shown}, which cannot be: damaged")
-    for name, valid in CHOICES.items():
-        if settings[name] not in valid:
-            raise UserError(f"{path} has the setting {name} {settings[name][:40]}: damaged")
-    for name in ("context", "max_ep_len", "episodes", "scale", "lora_rank"):
-        if settings[name] == 0:
-            raise UserError(f"{path} has the setting {name} 0, which cannot be: damaged")
+            sound = sound and not (value == 0 and name in ABOVE_ZERO)
+        if not sound or (name in choices and value not in choices[name]):
+            refuse(name)
+    targets = [0.0 if target is None else target for target in settings["targets"]]  # of baselines
+    if not all(type(x) in (int, float) and math.isfinite(x) for x in targets):
+        refuse("targets")
+    if not 0 < len(targets) * settings["episodes"] <= MOST["episodes"]:
+        refuse("targets" if len(targets) != 1 else "episodes")
+
+
+def check_tensors(path, checkpoint):
+    """Raises UserError where tensors have not the sizes that settings say, before any is made."""
+    settings, tensors = checkpoint["settings"], checkpoint["model"]
+    said = {"embed_time.weight": settings["max_ep_len"]}
+    if settings["train"] == "lora":
+        said |= {n: 3 * settings["lora_rank"] for n in tensors if n.endswith(".lora_A")}
+    for name, size in said.items():
+        found = tuple(tensors[name].shape) if name in tensors else None
+        if found is None or found[:1] != (size,) or 0 in found:
+            raise UserError(f"{path}: {name} is {found}, not of {size} rows; it is damaged")
+
+
+def check_observations(path, checkpoint):
+    """Raises UserError unless mean and deviation are those of the environment's observations."""
+    environment = checkpoint["environment"]
+    frames = is_picture(environment.observation_space)
+    expected = (0,) if frames else observation_shape(environment.observation_space)
+    for name in ("obs_mean", "obs_std"):
+        tensor = checkpoint[name]
+        if tuple(tensor.shape) != expected or not tensor.isfinite().all():
+            raise UserError(f"{path}: {name} is not of the environment's observations; damaged")
 
 
 def build_model(settings, environment):
@@ -156,16 +178,20 @@ def read_checkpoint(path, expected=FORMAT):
     wrong = [k for k, kind in kinds.items() if not isinstance(checkpoint.get(k), kind)]
     if not wrong:
         wrong = [name for name, t in checkpoint["model"].items() if not torch.is_tensor(t)]
-    if wrong or checkpoint["obs_mean"].shape != checkpoint["obs_std"].shape:
-        raise UserError(f"{path} lacks {', '.join(wrong) or 'obs_std'} as it should be: damaged")
+    if wrong:
+        raise UserError(f"{path} lacks {', '.join(wrong)} as it should be: damaged")
+    if not all(isinstance(line, str) for line in checkpoint["chosen"].values()):
+        raise UserError(f"{path} does not tell what was chosen in words: damaged")
     if expected == FORMAT:
         check_settings(path, checkpoint)
+        check_tensors(path, checkpoint)
         if not all(isinstance(checkpoint["base"].get(name), str) for name in ("lm", "sha256")):
             raise UserError(f"{path} does not name its language model: damaged")
     try:
         checkpoint["environment"] = unpack(checkpoint["environment"])
     except Exception as error:  # of JSON, gymnasium and Minari
         raise UserError(f"{path} describes no environment: {first_line(error)}") from error
+    check_observations(path, checkpoint)
     return checkpoint
 
 

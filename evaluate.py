@@ -30,11 +30,13 @@ from plumbing import (
     choose_device,
     first_line,
     give_back_memory,
+    printable,
     run_command,
 )
 from run_folder import written
 from spaces import (
     action_size,
+    check_fit,
     decode_actions,
     encode_actions,
     flatten,
@@ -48,6 +50,7 @@ from text import find_text, get_encoding, tokenise
 from watch import Gif, Mp4, film, map_attention
 from windows import STACK
 
+LARGEST_REWARD = 1e30  # a sum of them, divided by any scale, still fits into 32 bits
 SEED = 1_000_000  # the first episode's environment seed, far from those data is recorded with
 
 
@@ -57,30 +60,34 @@ SEED = 1_000_000  # the first episode's environment seed, far from those data is
 class Guard(gym.Wrapper):
     """An environment whose failures end its own episode, and no other's.
 
-    Where it raises, or gives an observation or a reward that is not finite, the episode ends with
-    what it has earned, and info["failed"] says why.
+    Where it raises, or gives an observation or a reward that is not finite in the 32 bits that a
+    model reads, the episode ends with what it has earned, and info["lamo_failed"] says why.
     """
 
     def reset(self, **how):
         self.failed = None
         try:
             self.last, info = self.env.reset(**how)
+            if is_finite(self.last):
+                return self.last, info
+            self.failed = "reset gave an observation that is not finite"
         except Exception as error:  # the environment's own kinds
             self.failed = f"reset raised {type(error).__name__}: {first_line(error)}"
-            self.last, info = self.observation_space.sample(), {}  # of the right shape
-        return self.last, info
+        self.observation_space.seed(0)
+        self.last = self.observation_space.sample()  # of the right shape
+        return self.last, {}
 
     def step(self, action):
         if self.failed is None:
             try:
                 observation, reward, terminated, truncated, info = self.env.step(action)
-                if is_finite(observation) and np.isfinite(reward):
+                if is_finite(observation) and abs(reward) < LARGEST_REWARD:  # NaN is not, either
                     self.last = observation
                     return observation, reward, terminated, truncated, info
                 self.failed = f"gave an observation or a reward ({reward}) that is not finite"
             except Exception as error:
                 self.failed = f"raised {type(error).__name__}: {first_line(error)}"
-        return self.last, 0.0, True, False, {"failed": self.failed}
+        return self.last, 0.0, True, False, {"lamo_failed": self.failed}
 
 
 def is_finite(observation):
@@ -88,14 +95,21 @@ def is_finite(observation):
     if isinstance(observation, dict | tuple):
         parts = observation.values() if isinstance(observation, dict) else observation
         return all(map(is_finite, parts))
-    return np.asarray(observation).dtype.kind != "f" or bool(np.isfinite(observation).all())
+    with np.errstate(over="ignore"):  # what is beyond 32 bits becomes infinite
+        return np.asarray(observation).dtype.kind != "f" or bool(
+            np.isfinite(np.asarray(observation, np.float32)).all()
+        )
 
 
 def make_vector_env(environment, n, render_mode=None):
     """n environments stepped together; an ended one starts anew by itself at its next step."""
-    return gym.vector.SyncVectorEnv(
+    envs = gym.vector.SyncVectorEnv(
         [lambda: Guard(make_env(environment.spec, render_mode=render_mode))] * n
     )
+    seen, done = envs.single_observation_space, envs.single_action_space
+    check_fit("what the policy sees", environment.observation_space, seen)
+    check_fit("what the policy does", environment.action_space, done, bounds=True)
+    return envs
 
 
 # --- rollouts ------------------------------------------------------------------------------------
@@ -185,8 +199,8 @@ def rollout(
             with autocast:
                 tokens.append(model.remember(encoded[:, None], timestep)[:, 0])
             observation, reward, terminated, truncated, info = envs.step(actions)
-            for i in np.flatnonzero(alive & info.get("_failed", False)):
-                what = f"episode {i % episodes}, step {t}: {info['failed'][i]}"
+            for i in np.flatnonzero(alive & info.get("_lamo_failed", False)):
+                what = f"episode {i % episodes}, step {t}: {info['lamo_failed'][i]}"
                 failed[i // episodes].append(what)
             returns[alive] += reward[alive]
             lengths[alive] += 1
@@ -332,8 +346,8 @@ def main():
     if args.json:
         print(json.dumps({"checkpoint": args.checkpoint, "step": step, "results": results}))
         return
-    print(f"{settings['env']}, {settings['method']}, step {step}")
-    print(f"trained on {checkpoint['chosen'].get('dataset')}")
+    print(printable(f"{settings['env']}, {settings['method']}, step {step}"))
+    print(printable(f"trained on {checkpoint['chosen'].get('dataset')}"))
     print_table(results)
 
 

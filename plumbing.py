@@ -28,15 +28,19 @@ PROBE_SECONDS = 1.5  # how long a missing network may hold up a first run, name 
 
 
 class UserError(Exception):
-    """Something the user can put right. The message is one line: what was wrong, what to type.
-
-    Names in it may come from a stranger's file: what a terminal would not print as it is, such as
-    the end of a line, is escaped.
-    """
+    """Something the user can put right. The message is one line: what was wrong, what to type."""
 
     def __str__(self):
-        text = super().__str__()
-        return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+        return printable(super().__str__())
+
+
+def printable(text):
+    """A text in which what a terminal would not print as it is, such as a line's end, is escaped.
+
+    For what may come from a stranger's file.
+    """
+    text = str(text)
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def keep_freed_memory():
@@ -66,9 +70,52 @@ def close_bars():
         bar.close()
 
 
+class Lasting:
+    """A stream to which writing does not fail when its reader has gone, as tee has by a Ctrl-C.
+
+    A training that is told to stop would otherwise end at its first word, before it has saved.
+    """
+
+    def __init__(self, stream):
+        self.stream = stream
+
+    def write(self, text):
+        try:
+            return self.stream.write(text)
+        except BrokenPipeError:
+            self.forget()
+
+    def flush(self):
+        try:
+            self.stream.flush()
+        except BrokenPipeError:
+            self.forget()
+
+    def forget(self):
+        """From now on what is written goes nowhere."""
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, self.stream.fileno())
+        os.close(nowhere)
+
+    def __getattr__(self, name):
+        return getattr(self.stream, name)
+
+
 def run_command(main):
     """Run a command's `main()`: a `UserError` becomes one line on stderr and exit code 2."""
     keep_freed_memory()
+    streams = sys.stdout, sys.stderr
+    sys.stdout, sys.stderr = map(Lasting, streams)
+    try:
+        end_in_one_line(main)
+    finally:
+        close_bars()
+        sys.stdout.flush()
+        sys.stdout, sys.stderr = streams
+
+
+def end_in_one_line(main):
+    """Call main(). What a user can put right ends in one line on stderr and SystemExit(2)."""
     try:
         main()
     except KeyboardInterrupt:
@@ -83,7 +130,7 @@ def run_command(main):
         if error.filename is None:  # no file of the user's
             raise
         close_bars()
-        print(f"error: {UserError(f'{error.filename}: {error.strerror}')}", file=sys.stderr)
+        print(f"error: {printable(error.filename)}: {error.strerror}", file=sys.stderr)
         raise SystemExit(2) from None
     except (MemoryError, RuntimeError) as error:  # what PyTorch raises on CUDA is one of the latter
         text = " ".join(first_line(error).split())

@@ -7,6 +7,7 @@ resume.pt      what --resume goes on from; removed when the run is finished
 result.json    the run's score
 """
 
+import fcntl
 import json
 import os
 import platform
@@ -21,14 +22,15 @@ from pathlib import Path
 
 import torch
 
-from files import load_tensors, read_json, save_tensors, write_json
-from plumbing import UserError, check_kinds
+from files import clear_unfinished, load_tensors, read_json, save_tensors, write_json
+from plumbing import UserError, check_kinds, printable
 from tasks import normalised_score
 
 RESUME, FORMAT = "resume.pt", "lamo-resume-1"  # the file --resume goes on from, and what it is
 SAVED = {"log_bytes": int, "step": int, "model": dict, "optimiser": dict, "processes": list}
 SAVED |= {"summed": int, "evaluations": list, "best_score": float, "seconds": float}
 SAVED |= {"evaluating": float, "bad_steps": int}  # what is in it
+HELD = {}  # folders of runs that this process is at work in: a file of each that is locked
 RECORDED = ("versions", "machine", "git")  # of config.json, what may not stay the same
 RESULT = ("target", "score", "return_mean", "cut")  # numbers of a result that its score is from
 PACKAGES = ("torch", "numpy", "minari", "gymnasium", "mujoco", "gymnasium-robotics", "ale-py")
@@ -104,9 +106,9 @@ def begin_run(settings, environment, notes, data, model, base, world):
     n_all = sum(p.numel() for p in model.parameters())
     mean, std = data.returns.mean(), data.returns.std()
     score = normalised_score(environment, mean)
-    print(f"{'task':13} {settings['env']}, method {settings['method']}")
+    print(f"{'task':13} {printable(settings['env'])}, method {settings['method']}")
     for name, line in notes.items():
-        print(f"{name:13} {line}")
+        print(f"{name:13} {printable(line)}")
     print(f"{'data':13} {len(data.lengths)} episodes, {len(data)} steps, ", end="")
     print(f"return {mean:.1f} ± {std:.1f} (score {score:.1f})")
     lists = {name: " ".join(map(str, v)) for name, v in settings.items() if isinstance(v, list)}
@@ -136,7 +138,29 @@ def begin_run(settings, environment, notes, data, model, base, world):
         "git": code_version(),
     }
     write_json(folder / "config.json", config)
+    hold(folder)
     return folder
+
+
+def hold(folder):
+    """Keep a run's folder for this process, until it ends. Raises UserError if another has it."""
+    if folder.resolve() in HELD:
+        return
+    file = open(folder / "config.json")  # noqa: SIM115  (closed with the process, or by let_go)
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        file.close()
+        raise UserError(
+            f"another process is at work in {folder}; wait for it, or stop it"
+        ) from error
+    HELD[folder.resolve()] = file
+
+
+def let_go(folder):
+    """Let other processes have a run's folder."""
+    if file := HELD.pop(folder.resolve(), None):
+        file.close()
 
 
 def read_run(path, typed, config):
@@ -149,6 +173,8 @@ def read_run(path, typed, config):
     for name in typed:
         flag = "--" + name.replace("_", "-")
         raise UserError(f"{flag} is as it was when the run began; --resume takes no other flag")
+    if folder.is_dir() and (links := [p.name for p in folder.iterdir() if p.is_symlink()]):
+        raise UserError(f"{folder} has a link in it, {links[0]}: it could lead anywhere; remove it")
     if (folder / "result.json").is_file():
         raise UserError(f"{folder} is finished; its score is in {folder / 'result.json'}")
     try:
@@ -231,6 +257,11 @@ def continue_run(path, begun, saved, data, base, world):
         raise UserError(f"{folder} was begun on other weights of {begun['base']['lm']}")
     if begun["base"].get("text") != base["text"]:
         raise UserError(f"{folder} was begun on another text: {begun['chosen']['text']}")
+    hold(folder)
+    if read_json(folder / "config.json")["settings"] != begun["settings"]:  # --skip-bad-steps
+        let_go(folder)  # its lock is of the file that is replaced
+        write_json(folder / "config.json", begun)
+        hold(folder)
     length = saved["log_bytes"] if saved else 0
     log = folder / "log.jsonl"
     if log.is_file():
@@ -238,8 +269,7 @@ def continue_run(path, begun, saved, data, base, world):
             raise UserError(f"{log} is shorter than it was; the run cannot go on from it")
         os.truncate(log, length)
     for name in ("config.json", "ckpt.pt", "best.pt", RESUME, "result.json"):
-        for unfinished in folder.glob(f".{name}.*"):  # a kill interrupted the writing of it
-            unfinished.unlink()
+        clear_unfinished(folder / name)
     print(f"going on with {folder} after step {saved['step'] if saved else 0}", flush=True)
     now = {"versions": package_versions(), "machine": machine_of(begun["settings"]["device"])}
     now["git"] = code_version()
@@ -328,6 +358,7 @@ def end_run(
     result |= {"seconds": seconds, "seconds_evaluating": evaluating, "bad_steps": bad_steps}
     write_json(folder / "result.json", result)
     (folder / RESUME).unlink(missing_ok=True)
+    let_go(folder)
     n = result["evaluations_averaged"]
     means = f"means of {n} evaluations, in the last 20 % of steps"
     print(f"\n{'target':>8} {'return':>8} {'score':>7}   {means}")

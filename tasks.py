@@ -214,6 +214,8 @@ def task_of_dataset(name):
 # --- environments --------------------------------------------------------------------------------
 
 TRUSTED = {"gymnasium", "gymnasium_robotics", "ale_py", "minigrid", "reacher2d"}  # to be imported
+LARGEST_ARGUMENT = 1_000_000  # whole number that a file may set an environment up with
+LARGEST_OF_WRAPPERS = 100_000  # likewise a wrapper: some make that many copies of an observation
 PACKAGES = {  # modules of well-known environments, and what pip calls them
     "gymnasium_robotics": "gymnasium-robotics",
     "ale_py": "ale-py",
@@ -292,6 +294,20 @@ def check_trusted(name, entry_point):
         raise UserError(f"{name} would write videos where its maker says; take that wrapper out")
 
 
+def check_numbers_of(spec):
+    """Raises UserError for an argument in a recorded environment that would take the memory."""
+
+    def look(value, most):
+        if isinstance(value, dict | list | tuple):
+            for part in value.values() if isinstance(value, dict) else value:
+                look(part, most)
+        elif isinstance(value, int) and abs(value) > most:
+            raise UserError(f"{spec.id} is recorded with {value} among its arguments: too large")
+
+    look(spec.kwargs, LARGEST_ARGUMENT)
+    look([wrapper.kwargs for wrapper in spec.additional_wrappers], LARGEST_OF_WRAPPERS)
+
+
 def make_env(spec, render_mode=None, **kwargs):
     """One environment, of an EnvSpec or an id. It draws only what render_mode says, see Gymnasium.
 
@@ -304,6 +320,7 @@ def make_env(spec, render_mode=None, **kwargs):
         if isinstance(spec, EnvSpec):
             parts = [(spec.entry_point, gym.Env)]
             parts += [(wrapper.entry_point, gym.Wrapper) for wrapper in spec.additional_wrappers]
+            check_numbers_of(spec)
             for entry_point, kind in parts:
                 check_trusted(name, entry_point)
                 made_by = load_env_creator(entry_point)

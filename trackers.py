@@ -9,6 +9,8 @@ Neither is needed: log.jsonl has every number. TensorBoard's files are in the ru
 import importlib.util
 import os
 import secrets
+import sys
+from contextlib import suppress
 
 from files import write_atomically
 from plumbing import UserError, first_line
@@ -27,33 +29,42 @@ def check_trackers(settings):
 class Trackers:
     """Copies of the log's rows for those that settings ask for; `add` a row, `close` at the end.
 
-    folder: the run's; config: of its config.json; step: the last one of a run that goes on, 0 for
-    a new one. Raises UserError if W&B cannot be reached or does not know the user.
+    folder: the run's; config: of its config.json; step: the last one of a run that goes on, None
+    for a new one. Raises UserError if W&B cannot be reached or does not know the user.
     """
 
-    def __init__(self, settings, folder, config, step=0):
+    def __init__(self, settings, folder, config, step=None):
         self.writer = self.run = None
         if settings.get("tensorboard"):
             from torch.utils.tensorboard import SummaryWriter
 
             # rows that a kill left behind, and that come again, are hidden
-            self.writer = SummaryWriter(folder, purge_step=step + 1 if step else None)
+            self.writer = SummaryWriter(folder, purge_step=None if step is None else step + 1)
         if settings.get("wandb"):
             self.run = begin_wandb(folder, config)
 
     def add(self, row):
-        """A row as run_folder.append_to_log takes it."""
+        """A row as run_folder.append_to_log takes it.
+
+        A tracker that fails is left out from then on. That is said, and ends no training:
+        log.jsonl has every number.
+        """
         numbers = scalars(row)
-        if self.writer is not None:
-            for name, value in numbers.items():
-                self.writer.add_scalar(name, value, row["step"])
-            self.writer.flush()
-        if self.run is not None:
-            self.run.log(numbers | {"step": row["step"]})
+        try:
+            if self.writer is not None:
+                for name, value in numbers.items():
+                    self.writer.add_scalar(name, value, row["step"])
+                self.writer.flush()
+            if self.run is not None:
+                self.run.log(numbers | {"step": row["step"]})
+        except Exception as error:  # of the disk, the network, and the packages' own
+            print(f"\ntracking ends at step {row['step']}: {first_line(error)}", file=sys.stderr)
+            self.writer = self.run = None
 
     def close(self):
-        if self.writer is not None:
-            self.writer.close()
+        with suppress(OSError):  # of a full disk
+            if self.writer is not None:
+                self.writer.close()
         if self.run is not None:
             self.run.finish()
 

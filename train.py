@@ -53,6 +53,9 @@ from trackers import Trackers, check_trackers
 from wiki_rl import fading, find_centres
 from windows import ahead, describe_window, sample_windows, valid_steps
 
+MOST_BARREN = 100  # steps without a sound one that --skip-bad-steps puts up with
+STOP_EVERY = 10  # steps after which several processes look whether to stop
+
 
 @dataclass
 class Config:
@@ -107,7 +110,7 @@ class Config:
     name: str = "auto"  # of that folder; auto: task, method, ratio, seed and time
     tensorboard: bool = False  # write the log's rows for TensorBoard, too; see trackers.py
     wandb: bool = False  # send them to Weights & Biases
-    resume: str = ""  # go on with this run's folder, as begun; takes no other flag but env-module
+    resume: str = ""  # go on with this run's folder; takes --env-module and --skip-bad-steps
 
 
 # --- before training -----------------------------------------------------------------------------
@@ -163,7 +166,9 @@ def main():
     begun = saved = None
     if path := typed.pop("resume", ""):
         typed.pop("env_module", None)  # said again, for a run's folder may be a stranger's
+        skip = typed.pop("skip_bad_steps", False)
         begun, saved = read_run(path, typed, Config)
+        begun["settings"]["skip_bad_steps"] |= skip
         settings, notes = begun["settings"], dict(begun["chosen"])
         check(settings)
         task = task_of_run(settings)
@@ -215,7 +220,8 @@ def main():
             folder = continue_run(path, begun, saved, data, base, world)
         else:
             folder = begin_run(settings, environment, notes, data, model, base, world)
-        trackers = Trackers(settings, folder, settings | notes, saved["step"] if saved else 0)
+        since = (saved["step"] if saved else 0) if begun else None
+        trackers = Trackers(settings, folder, settings | notes, since)
         if settings["compile"]:
             print("compiling during the first step; it takes a minute or so", flush=True)
 
@@ -244,11 +250,14 @@ def main():
         if rank == 0:
             append_to_log(folder, row)
         what = f"{n} of the steps {first} to {step} had a loss or gradient that is not finite"
-        if n == summed:
-            raise UserError(f"{what}, none was sound; none of them changed the weights; lower --lr")
+        why = "none of them changed the weights; log.jsonl has the first one's windows"
+        if barren >= MOST_BARREN:
+            raise UserError(f"{what}, as all of the {barren} last ones; {why}; lower --lr")
         if not settings["skip_bad_steps"]:
-            why = "none of them changed the weights; log.jsonl has the first one's windows"
-            raise UserError(f"{what}; {why}; lower --lr, or --skip-bad-steps")
+            how = (
+                f"lower --lr, or --skip-bad-steps, with --resume {folder} too" if rank == 0 else ""
+            )
+            raise UserError(f"{what}; {why}; {how}")
         if rank == 0:
             bar.write(f"{what}; skipped")
 
@@ -263,6 +272,7 @@ def main():
     totals = torch.zeros(3, device=device)  # of the losses; reading them waits for the device
     new_bad, first_bad = torch.zeros(2, dtype=torch.int64, device=device)  # of the same steps
     summed, bad_steps = 0, 0  # steps in totals; bad ones before them
+    barren = 0  # bad steps since the last row of the log that had a sound one
     drawn = deque(maxlen=settings["log_every"])  # (step, the state its window was drawn from)
     started, evaluating, done = time.time(), 0.0, 0
     if saved:  # from here on all is as it was after that step
@@ -287,10 +297,10 @@ def main():
     after_window = window_rng.get_state()
     # Only now, for the first window is drawn at once in another thread.
     windows = ahead(next_window) if apart else iter(next_window, None)
+    stop = StopSignals()
     bar = tqdm(
         total=settings["steps"], initial=done, desc="training", disable=rank > 0, mininterval=1
     )
-    stop = StopSignals()
     step, stopping = done, 0
     model.train()
     for step in range(done + 1, settings["steps"] + 1):
@@ -334,13 +344,15 @@ def main():
         if logged:
             if world > 1:
                 dist.all_reduce(totals)
-            if n := int(new_bad):
+            n = int(new_bad)
+            barren = barren + n if n == summed else 0
+            if n:
                 report_bad(int(first_bad), n, step)
                 bad_steps += n
-            means = totals / ((summed - n) * world)
-            action_mean, lm_mean, similarity_mean = means.tolist()
+            means = (totals / ((summed - n) * world)).tolist() if n < summed else [None] * 3
+            action_mean, lm_mean, similarity_mean = means
             totals.zero_()
-            new_bad, summed = torch.zeros_like(new_bad), 0
+            new_bad, row_steps, summed = torch.zeros_like(new_bad), summed, 0
             if rank == 0:
                 row = {"step": step, "action_loss": action_mean, "lr": lr}
                 row["lm_loss"] = None if tokens is None else lm_mean
@@ -348,8 +360,9 @@ def main():
                 row["seconds"] = time.time() - started - evaluating
                 append_to_log(folder, row)
                 trackers.add(row)
-                shown |= {"loss": f"{action_mean:.4f}"}
-                shown |= {} if tokens is None else {"lm": f"{lm_mean:.3f}"}
+                if n < row_steps:
+                    shown |= {"loss": f"{action_mean:.4f}"}
+                    shown |= {} if tokens is None else {"lm": f"{lm_mean:.3f}"}
                 bar.set_postfix(shown)
 
         if rank == 0 and due:
@@ -369,8 +382,8 @@ def main():
             if score > best_score:
                 best_score = score
                 save("best.pt", state)
-        # Processes stop after the same step: where they wait for each other anyway.
-        if world == 1 or logged:
+        # Processes stop after the same step, before torchrun's patience of 30 s is over.
+        if world == 1 or step % STOP_EVERY == 0 or logged:
             stopping = stop.number if world == 1 else agree(stop.number, device)
         if due or stopping:
             mine = {"totals": totals.cpu(), "bad": torch.stack([new_bad, first_bad]).cpu()}

@@ -18,7 +18,7 @@ import torch
 import torch.nn as nn
 from tqdm import tqdm
 
-from checkpoint import check_finite, read_checkpoint
+from checkpoint import check_finite, check_settings, read_checkpoint
 from data import find_dataset, load_trajectories
 from evaluate import print_table, rollout
 from files import check_writable, save_tensors
@@ -53,6 +53,9 @@ SHORT = dict(steps=5000, eval_every=250, episodes=10, episode_limit=2000)  # wit
 MAY_BE_ZERO = ("seed", "alpha", "beta", "return_span", "discount", "episode_limit")
 ALGORITHM_FLAGS = {"layers", "lr", "actor_lr", "batch", "discount", "tau", "target_every", "alpha"}
 ALGORITHM_FLAGS |= {"beta", "expectile", "return_span", "clip_rewards"}
+KINDS = {"algo": str, "env": str, "mode": str, "dtype": str, "targets": list}  # of settings that
+KINDS |= {"context": int, "scale": (int, float), "episodes": int, "episode_limit": int}  # act
+MOST_LAYERS = 64
 SCALED = ("hopper", "halfcheetah", "walker2d")  # tasks whose rewards return_span scales
 
 
@@ -340,9 +343,16 @@ def evaluate(typed):
     check_numbers(typed, may_be_zero=("episode_limit",))
     path = typed["evaluate"]
     checkpoint = read_checkpoint(path, FORMAT)
+    check_settings(path, checkpoint, KINDS, {"context": [1], "scale": [1], "dtype": ["fp32"]})
+    for name, tensor in checkpoint["model"].items():
+        if not tensor.isfinite().all():
+            raise UserError(f"{path}: {name} holds what is no finite number; it is damaged")
     settings = checkpoint["settings"] | typed
     environment = checkpoint["environment"]
     device = choose_device(typed.get("device", "auto"))
+    layers = settings.get("layers", 1)
+    if type(layers) is not int or not 0 < layers <= MOST_LAYERS:
+        raise UserError(f"{path} has the setting layers {layers}: damaged")
     try:
         actor = Actor(learn_from(environment, settings).policy)
         actor.load_state_dict(checkpoint["model"])

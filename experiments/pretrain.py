@@ -51,6 +51,7 @@ from text import check_text, get_encoding, sample_text, tokenise
 SIZES = {"mini": MINI_CONFIG} | {name: config for name, (_, config) in HUB.items()}
 LR = {"mini": 1.5e-3, "distilgpt2": 6e-4, "gpt2": 6e-4, "gpt2-medium": 3e-4}  # peaks; those of
 LR |= {"gpt2-large": 2.5e-4, "gpt2-xl": 2e-4}  # GPT-2's sizes by Brown et al. 2020, table 2.1
+STOP_EVERY = 10  # steps after which several processes look whether to stop
 FORMAT = "lamo-pretraining-2"  # what a .state.pt says it is
 SAVED = {"settings", "step", "model", "optimiser", "generator", "dropout", "dropout_cuda"}
 SAVED |= {"summed", "steps_summed", "texts", "log"}  # what is in it
@@ -308,8 +309,8 @@ def main():
             write_atomically(beside(c.out, ".jsonl"), lambda file, t=rows: file.write(t.encode()))
         if step % c.eval_every == 0:
             summed, steps_summed = torch.zeros_like(summed), 0
-        # Processes stop after the same step: where they wait for each other anyway.
-        if world == 1 or looking:
+        # Processes stop after the same step, before torchrun's patience of 30 s is over.
+        if world == 1 or looking or step % STOP_EVERY == 0:
             stopping = stop.number if world == 1 else agree(stop.number, device)
         if rank == 0 and (looking or stopping):
             state = {

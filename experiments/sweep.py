@@ -245,28 +245,33 @@ def run_locally(runs, out, flags, workers, threads):
     stop = StopSignals("stopping once the runs at work have saved what they have")
     pool = [threading.Thread(target=work, daemon=True) for _ in range(workers)]
     form = "{l_bar}{bar}| {n:.2f}/{total} runs [{elapsed}<{remaining}]"
-    with tqdm(total=len(runs), desc="sweep", bar_format=form) as bar:
-        for thread in pool:
-            thread.start()
-        while any(thread.is_alive() for thread in pool):
-            time.sleep(POLL_SECONDS)
-            if stop.number:
-                with lock:
-                    waiting.clear()
-                for process in at_work:
-                    if process not in told and process.poll() is None:
-                        process.terminate()
-                        told.append(process)
-            done = 0.0
-            for run in runs:
-                if state_of(Path(out) / name_of(run)) == "finished" or run in failed:
-                    done += 1
-                else:
-                    step, steps, _ = progress_of(run, out)
-                    done += step / steps if steps else 0
-            if round(done, 2) != bar.n:
-                bar.n = round(done, 2)
-                bar.refresh()
+    try:
+        with tqdm(total=len(runs), desc="sweep", bar_format=form) as bar:
+            for thread in pool:
+                thread.start()
+            while any(thread.is_alive() for thread in pool):
+                time.sleep(POLL_SECONDS)
+                if stop.number:
+                    with lock:
+                        waiting.clear()
+                    for process in at_work:
+                        if process not in told and process.poll() is None:
+                            process.terminate()
+                            told.append(process)
+                done = 0.0
+                for run in runs:
+                    if state_of(Path(out) / name_of(run)) == "finished" or run in failed:
+                        done += 1
+                    else:
+                        step, steps, _ = progress_of(run, out)
+                        done += step / steps if steps else 0
+                if round(done, 2) != bar.n:
+                    bar.n = round(done, 2)
+                    bar.refresh()
+    finally:  # a second signal: what is at work must not stay behind
+        for process in at_work:
+            if process not in told and process.poll() is None:
+                process.terminate()
     stop.restore()
     if stop.number:
         print("stopped; the same command goes on")

@@ -103,6 +103,7 @@ def test_a_stop_is_no_failure_of_the_environment(fragile, monkeypatch):
         (np.zeros((4, 4), np.uint8), True),
         (7, True),
         (float("inf"), False),
+        (np.array([1e300]), False),  # in the 32 bits that a model reads
         ({"a": np.zeros(2), "b": (np.zeros(1), {"c": np.array([np.inf])})}, False),
         ({"a": np.zeros(2), "b": (np.zeros(1), {"c": "words"})}, True),
     ],

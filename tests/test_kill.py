@@ -96,7 +96,12 @@ def test_a_killed_run_ends_as_a_whole_one(whole, tmp_path):
         for name in ("ckpt.pt", "best.pt", "resume.pt"):
             if (folder / name).exists():
                 step = load_tensors(folder / name)["step"]  # readable at any moment
-        if (folder / "config.json").exists():
+        if (folder / "result.json").exists():  # it had ended, and was about to say so
+            rows = -1
+            process = start("--resume", folder)
+            assert b"is finished; its score is in" in process.communicate()[1]
+            assert process.returncode == 2
+        elif (folder / "config.json").exists():
             rows = (folder / "log.jsonl").read_text().count("\n") if step else 0
             finish(start("--resume", folder))
         else:  # it had not begun

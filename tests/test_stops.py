@@ -51,9 +51,9 @@ def whole(tmp_path_factory):
     return outcome(out / "run")
 
 
-def begin(out):
+def begin(out, *more):
     """A training that has made some steps. Returns its process."""
-    command = [sys.executable, "-u", str(ROOT / "train.py"), *map(str, SHORT)]
+    command = [sys.executable, "-u", str(ROOT / "train.py"), *map(str, [*SHORT, *more])]
     command += ["--out", str(out), "--name", "run"]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     log = out / "run" / "log.jsonl"
@@ -84,19 +84,90 @@ def test_a_signal_ends_the_step_saves_and_leaves(number, whole, tmp_path):
         assert torch.equal(tensor, whole[2][name]), name
 
 
-def test_a_second_signal_leaves_at_once_and_harms_nothing(whole, tmp_path):
-    process = begin(tmp_path)
-    process.send_signal(signal.SIGINT)
-    time.sleep(0.001)
-    process.send_signal(signal.SIGINT)
-    _, errors = process.communicate()
-    assert process.returncode == 128 + signal.SIGINT, errors
-    assert b"Traceback" not in errors
-    code, _, errors = run("--resume", tmp_path / "run")
+SLOW_DISK = """
+import os, runpy, sys, time
+really = os.fsync
+def slow(handle):
+    print("writing", file=sys.stderr, flush=True)
+    time.sleep(20)
+    return really(handle)
+os.fsync = slow
+runpy.run_path("train.py", run_name="__main__")
+"""
+
+
+@pytest.mark.parametrize(
+    ("number", "code", "says"),
+    [(signal.SIGINT, 130, b"interrupted"), (signal.SIGTERM, -signal.SIGTERM, b"")],
+)
+def test_a_second_signal_leaves_at_once_and_harms_nothing(number, code, says, whole, tmp_path):
+    """It comes while the first one's checkpoint is being written, on a disk that takes minutes."""
+    run(*SHORT, "--out", tmp_path, "--name", "other", "--steps", 1)  # the text's tokens are made
+    folder = tmp_path / "run"
+    command = [sys.executable, "-c", SLOW_DISK.replace("print", "os.path.exists(LOG) and print")]
+    command[-1] = f"LOG = {str(folder / 'log.jsonl')!r}" + command[-1]
+    command[-1] = command[-1].replace("time.sleep(20)", "os.path.exists(LOG) and time.sleep(20)")
+    command += [*map(str, SHORT), "--out", str(tmp_path), "--name", "run"]
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    while not (folder / "log.jsonl").exists() and process.poll() is None:
+        time.sleep(0.005)
+    process.send_signal(number)
+    errors = b""
+    while b"writing" not in errors:  # its checkpoint
+        read = os.read(process.stderr.fileno(), 10_000)
+        assert read, errors
+        errors += read
+    assert b"stopping after this step" in errors
+    sent = time.time()
+    process.send_signal(number)
+    out, more = process.communicate()
+    assert time.time() - sent < 10
+    assert process.returncode == code
+    assert says in more
+    assert b"Traceback" not in errors + more
+    assert b"stopped after step" not in out
+    assert not (folder / "resume.pt").exists()  # it had not saved yet
+    code, _, errors = run("--resume", folder)
     assert code == 0, errors
-    rows, score, weights = outcome(tmp_path / "run")
+    rows, score, weights = outcome(folder)
     assert (rows, score) == whole[:2]
     assert all(torch.equal(tensor, whole[2][name]) for name, tensor in weights.items())
+    assert not list(folder.glob(".ckpt.pt.*"))
+
+
+def test_a_reader_that_has_gone_stops_no_stop(tmp_path):
+    """As by Ctrl-C in `train.py | tee log`: the reader dies of the same signal."""
+    read, write = os.pipe()
+    command = [sys.executable, "-u", str(ROOT / "train.py"), *map(str, SHORT)]
+    command += ["--out", str(tmp_path), "--name", "run"]
+    process = subprocess.Popen(command, stdout=write, stderr=write)
+    os.close(write)
+    log = tmp_path / "run" / "log.jsonl"
+    while not (log.exists() and log.stat().st_size) and process.poll() is None:
+        time.sleep(0.005)
+    os.close(read)
+    process.send_signal(signal.SIGINT)
+    assert process.wait() == 130
+    saved = torch.load(tmp_path / "run" / "resume.pt", weights_only=True)
+    assert 0 < saved["step"] < 120
+
+
+def test_two_processes_are_not_at_work_in_one_run(tmp_path):
+    process = begin(tmp_path, "--steps", 10**6)
+    code, _, errors = run("--resume", tmp_path / "run")
+    process.terminate()
+    process.communicate()
+    assert (code, process.returncode) == (2, 143), errors
+    assert f"another process is at work in {tmp_path / 'run'}" in errors
+    process = subprocess.Popen(
+        [sys.executable, "-u", str(ROOT / "train.py"), "--resume", str(tmp_path / "run")],
+        stdout=subprocess.PIPE,
+    )
+    while not process.stdout.readline().startswith(b"going on with"):
+        assert process.poll() is None
+    process.terminate()
+    process.communicate()
+    assert process.returncode in (143, -signal.SIGTERM)  # the first let go when it ended
 
 
 def test_a_stopped_baseline_keeps_its_policy(tmp_path):
@@ -280,3 +351,51 @@ def test_numbers_beyond_32_bits_are_refused(tmp_path, monkeypatch):
         made = dataset(name, *numbers)
         with pytest.raises(UserError, match=says):
             load_trajectories(made, gym.spaces.Box(-1, 1, (1,)), scale=1.0)
+
+
+@pytest.mark.parametrize("every", [1, 4])
+def test_bad_steps_are_skipped_however_seldom_the_log_is_written(
+    every, flawed, tmp_path, monkeypatch
+):
+    flags = [*BAD, "--log-every", every, "--dataset", flawed, "--out", tmp_path, "--name", "run"]
+    monkeypatch.setattr(sys, "argv", ["train.py", *map(str, flags), "--skip-bad-steps"])
+    train.main()
+    assert json.loads((tmp_path / "run/result.json").read_text())["bad_steps"] == len(bad_steps())
+    rows = [json.loads(line) for line in (tmp_path / "run/log.jsonl").read_text().splitlines()]
+    losses = {row["step"]: row["action_loss"] for row in rows if "action_loss" in row}
+    if every == 1:
+        assert [step for step, loss in losses.items() if loss is None] == bad_steps()
+
+
+def test_a_run_that_a_bad_step_ended_goes_on_past_it(flawed, tmp_path, monkeypatch):
+    flags = [*BAD, "--dataset", flawed, "--out", tmp_path, "--name", "run"]
+    monkeypatch.setattr(sys, "argv", ["train.py", *map(str, flags)])
+    with pytest.raises(UserError, match=rf"with --resume {tmp_path / 'run'} too"):
+        train.main()
+    resume = ["train.py", "--resume", str(tmp_path / "run"), "--skip-bad-steps"]
+    monkeypatch.setattr(sys, "argv", resume)
+    train.main()
+    assert json.loads((tmp_path / "run/result.json").read_text())["bad_steps"] == len(bad_steps())
+    config = json.loads((tmp_path / "run/config.json").read_text())
+    assert config["settings"]["skip_bad_steps"] is True
+
+
+def test_nothing_but_bad_steps_ends_the_run_all_the_same(flawed, tmp_path, monkeypatch):
+    monkeypatch.setattr(train, "MOST_BARREN", 5)
+    flags = [*BAD, "--dataset", flawed, "--out", tmp_path, "--name", "run", "--batch", 64]
+    monkeypatch.setattr(sys, "argv", ["train.py", *map(str, flags), "--skip-bad-steps"])
+    with pytest.raises(UserError, match="as all of the 8 last ones"):
+        train.main()
+
+
+def test_a_link_in_a_runs_folder_is_not_followed(tmp_path, monkeypatch):
+    """A stranger's run, whose log is a file of ours."""
+    code, _, errors = run(*SHORT, "--steps", 2, "--out", tmp_path, "--name", "run")
+    assert code == 0, errors
+    (tmp_path / "run" / "result.json").unlink()
+    (tmp_path / "run" / "log.jsonl").unlink()
+    (tmp_path / "ours").write_text("ours")
+    (tmp_path / "run" / "log.jsonl").symlink_to(tmp_path / "ours")
+    code, _, errors = run("--resume", tmp_path / "run")
+    assert (code, (tmp_path / "ours").read_text()) == (2, "ours")
+    assert "has a link in it, log.jsonl" in errors

@@ -333,7 +333,12 @@ def kitchen(minari_home):
     """A dataset as Minari's: sub-tasks stay on the list when done, and do not end an episode."""
     flags = dict(remove_task_when_completed=False, terminate_on_tasks_completed=False)
     tasks = ["microwave", "kettle", "light switch", "slide cabinet"]
-    env = gym.make("FrankaKitchen-v1", tasks_to_complete=tasks, max_episode_steps=60, **flags)
+    env = gym.make(
+        "gymnasium_robotics:FrankaKitchen-v1",
+        tasks_to_complete=tasks,
+        max_episode_steps=60,
+        **flags,
+    )
     env.action_space.seed(0)
     buffers = []
     for seed in range(2):
@@ -399,7 +404,7 @@ def test_a_kitchen_return_is_the_number_of_sub_tasks_done(kitchen):
         ("slide cabinet", 0, 1),
     ):
         achieved[name][start:end] = desired[name][start:end] + 0.01
-    env = gym.make("FrankaKitchen-v1", tasks_to_complete=list(desired)).unwrapped
+    env = gym.make("gymnasium_robotics:FrankaKitchen-v1", tasks_to_complete=list(desired)).unwrapped
     env.reset(seed=0)
     expected = []
     for t in range(1, 61):
