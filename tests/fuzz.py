@@ -169,9 +169,10 @@ def spoil_hdf5(draw, path):
 
 
 def make_sound(folder):
-    """Put into a folder a tiny language model, a dataset in minari/, and a run's folder.
+    """Put into a folder a tiny language model, a dataset in minari/, and two runs' folders.
 
-    The run is as a kill just before its end leaves it. MINARI_DATASETS_PATH must be folder/minari.
+    The one of train.py is as a kill just before its end leaves it. MINARI_DATASETS_PATH must be
+    folder/minari.
     """
     import gymnasium as gym
     import minari
@@ -180,6 +181,7 @@ def make_sound(folder):
     from minari.data_collector import EpisodeBuffer
 
     import train
+    from experiments import baselines
     from load_gpt2 import save_gpt2
     from model import GPT, GPTConfig
 
@@ -207,6 +209,10 @@ def make_sound(folder):
         train.main()
     finally:
         train.end_run = really
+    words = "--algo bc --env hopper --dataset fuzz/set-v0 --steps 2 --eval-every 2 --episodes 1"
+    words += f" --episode-limit 2 --batch 2 --out {folder} --name baseline"
+    sys.argv = ["baselines", *words.split()]
+    baselines.main()
 
 
 class Readers:
@@ -226,6 +232,7 @@ class Readers:
         ]
         self.kinds = {
             "checkpoint": (self.checkpoint, 22),
+            "baseline": (self.baseline, 8),
             "run to resume": (self.resume, 12),
             "safetensors": (self.safetensors, 14),
             ".bin": (self.bin, 10),
@@ -246,6 +253,16 @@ class Readers:
             settings = read["settings"] | {"episode_limit": 2}
             stats = read["obs_mean"], read["obs_std"]
             rollout(model, read["environment"], settings, stats, settings["targets"][:1], 1)
+
+    def baseline(self, draw, at):
+        from experiments import baselines
+        from plumbing import run_command
+
+        content = (self.sound / "baseline" / "ckpt.pt").read_bytes()
+        at.write_bytes(spoil_zip(draw, content, self.folder, self.payloads))
+        words = ["--evaluate", str(at), "--episodes", "1", "--episode-limit", "2"]
+        sys.argv = ["baselines", *words]
+        run_command(baselines.main)
 
     def resume(self, draw, at):
         import train

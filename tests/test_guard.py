@@ -26,7 +26,7 @@ class Fragile(gym.Env):
         self.t = 0
         if self.how == "reset":
             raise OSError("no such simulator")
-        return np.zeros(2), {}
+        return np.full(2, np.nan if self.how == "reset to NaN" else 0.0), {}
 
     def step(self, action):
         self.t += 1
@@ -38,10 +38,15 @@ class Fragile(gym.Env):
                 reward = float("nan")
             if self.how == "observation":
                 observation[1] = np.inf
-        return observation, reward, False, self.t == 10, {}
+            if self.how == "a large observation":
+                observation[1] = 1e300
+            if self.how == "a large reward":
+                reward = 1e300
+        return observation, reward, False, self.t == 10, {"failed": False}  # a word of its own
 
 
-HOW = {51: "raise", 52: "reward", 53: "observation", 54: "reset"}
+HOW = {51: "raise", 52: "reward", 53: "observation", 54: "reset", 55: "reset to NaN"}
+HOW |= {56: "a large observation", 57: "a large reward"}
 gym.register("test/Fragile-v0", entry_point="tests.test_guard:Fragile")
 
 
@@ -66,15 +71,18 @@ def fragile(monkeypatch):
 
 
 def test_a_failing_episode_ends_alone_and_is_named(fragile):
-    first, second = rollout(Still(), fragile, SETTINGS, STATS, [1.0, 2.0], 6, seed=50)
+    first, second = rollout(Still(), fragile, SETTINGS, STATS, [1.0, 2.0], 9, seed=50)
     for result in (first, second):
-        assert result["returns"] == [10.0, 3.0, 3.0, 3.0, 0.0, 10.0]
-        assert result["lengths"] == [10, 4, 4, 4, 1, 10]
+        assert result["returns"] == [10.0, 3.0, 3.0, 3.0, 0.0, 0.0, 3.0, 3.0, 10.0]
+        assert result["lengths"] == [10, 4, 4, 4, 1, 1, 4, 4, 10]
         assert result["failed"] == [
             "episode 4, step 0: reset raised OSError: no such simulator",
+            "episode 5, step 0: reset gave an observation that is not finite",
             "episode 1, step 3: raised RuntimeError: the physics exploded",
             "episode 2, step 3: gave an observation or a reward (nan) that is not finite",
             "episode 3, step 3: gave an observation or a reward (1.0) that is not finite",
+            "episode 6, step 3: gave an observation or a reward (1.0) that is not finite",
+            "episode 7, step 3: gave an observation or a reward (1e+300) that is not finite",
         ]
         assert result["cut"] == 0
         assert json.loads(json.dumps(result)) == result
@@ -117,4 +125,4 @@ def test_a_run_counts_them(fragile, monkeypatch, tmp_path, capsys):
 
     results = rollout(Still(), fragile, SETTINGS, STATS, [1.0], 6, seed=50)
     evaluations = [{"step": 1, "results": results}, {"step": 10, "results": results}]
-    assert run_folder.final_result(evaluations, 10)["episodes_failed"] == 8
+    assert run_folder.final_result(evaluations, 10)["episodes_failed"] == 10

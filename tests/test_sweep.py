@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 
+import psutil
 import pytest
 import torch
 
@@ -96,6 +97,25 @@ def test_a_stopped_sweep_lets_its_runs_save_and_goes_on(tmp_path, monkeypatch, c
     said = (tmp_path / "logs" / "hopper-dt-0.01-s0.txt").read_text()
     assert f"after step {saved}" in said
     assert "2 of 2 runs finished" in capsys.readouterr().out
+
+
+def test_a_second_signal_leaves_no_run_behind(tmp_path):
+    flags = ["--out", tmp_path, "--threads", 1, *HOPPER, "--method", "dt"]
+    flags += ["--flags", SHORT.replace("--steps 6 --eval-every 3", "--steps 1000000")]
+    words = [sys.executable, "-m", "experiments.sweep", *map(str, flags)]
+    process = subprocess.Popen(words, cwd=sweep.ROOT, stderr=subprocess.DEVNULL)
+    log = tmp_path / "hopper-dt-0.01-s0" / "log.jsonl"
+    while not (log.exists() and log.stat().st_size) and process.poll() is None:
+        time.sleep(0.01)
+    runs = psutil.Process(process.pid).children(recursive=True)
+    assert len(runs) == 1
+    process.send_signal(signal.SIGINT)
+    time.sleep(0.1)
+    process.send_signal(signal.SIGINT)
+    assert process.wait() == 130
+    _, alive = psutil.wait_procs(runs, timeout=30)
+    assert not alive
+    assert torch.load(log.parent / "resume.pt", weights_only=True)["step"] > 0  # it has saved
 
 
 def test_submitits_local_executor_does_the_same(tmp_path, monkeypatch, capsys):

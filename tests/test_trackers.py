@@ -8,7 +8,7 @@ import pytest
 import train
 from experiments import baselines
 from plumbing import UserError
-from trackers import check_trackers
+from trackers import Trackers, check_trackers
 
 SHORT = "--env hopper --ratio 0.01 --steps 6 --eval-every 3 --log-every 2 --episodes 1"
 SHORT += " --episode-limit 5 --batch 8 --seed 0"
@@ -70,6 +70,39 @@ def test_wandb_keeps_an_offline_run_with_the_last_numbers(tmp_path, monkeypatch)
     assert list(folder.glob("*.wandb"))
     assert folder.name.endswith((tmp_path / "one" / "wandb-id.txt").read_text().strip())
     assert rows == run(monkeypatch, train.main, tmp_path, "two", "--method dt")
+
+
+def test_a_tracker_that_fails_is_left_out(tmp_path, monkeypatch, capsys):
+    """A full disk under TensorBoard's files: the training goes on, and has all its numbers."""
+    pytest.importorskip("tensorboard")
+    from torch.utils.tensorboard import SummaryWriter
+
+    def full(*arguments, **more):
+        raise OSError(28, "No space left on device")
+
+    plain = run(monkeypatch, train.main, tmp_path, "plain", "--method dt")
+    monkeypatch.setattr(SummaryWriter, "add_scalar", full)
+    rows = run(monkeypatch, train.main, tmp_path, "full", "--method dt --tensorboard")
+    assert rows == plain
+    assert "tracking ends at step 2: [Errno 28] No space left" in capsys.readouterr().err
+
+
+def test_rows_that_a_kill_left_behind_are_hidden(tmp_path):
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    def rows(step, steps):
+        tracker = Trackers({"tensorboard": True}, tmp_path, {}, step)
+        for i in steps:
+            tracker.add({"step": i, "lr": 1.0})
+        tracker.close()
+
+    rows(None, [1, 2, 3])  # killed before anything was saved
+    rows(0, [1, 2, 3, 4])  # and again after step 2 was
+    rows(2, [3, 4, 5])
+    read = EventAccumulator(str(tmp_path))
+    read.Reload()
+    assert [event.step for event in read.Scalars("train/lr")] == [1, 2, 3, 4, 5]
 
 
 def test_what_is_not_installed_is_one_line(monkeypatch):
