@@ -170,7 +170,7 @@ def main():
         begun, saved = read_run(path, typed, Config)
         begun["settings"]["skip_bad_steps"] |= skip
         settings, notes = begun["settings"], dict(begun["chosen"])
-        check(settings)
+        check(settings | {"out": path})  # where it was begun matters no more
         task = task_of_run(settings)
     else:
         settings, task, notes = resolve(Config(), typed)
