@@ -211,8 +211,7 @@ def load_tensors(path):
         if type(part) in (list, tuple):
             return type(part)(map(owned, part))
         if torch.is_tensor(part):
-            plain = part.layout == torch.strided and part.device.type == "cpu"
-            if not plain or part.is_quantized or not part.is_contiguous():
+            if part.is_quantized or not part.is_contiguous():
                 raise ValueError("a tensor in it is not plain numbers in order")
             left["bytes"] -= part.numel() * part.element_size()
             if left["bytes"] < 0:

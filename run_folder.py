@@ -215,18 +215,15 @@ def read_run(path, typed, config):
 
 def load_optimiser(optimiser, state):
     """Put back what an optimiser had. Raises what it does, or ValueError for another kind."""
-    settings = [{k: v for k, v in g.items() if k != "params"} for g in optimiser.param_groups]
+    fixed = [name for name in optimiser.defaults if name != "lr"]
+    before = [[group[name] for name in fixed] for group in optimiser.param_groups]
     optimiser.load_state_dict(state)
-    for group, fixed in zip(optimiser.param_groups, settings, strict=True):
-        if {k: v for k, v in group.items() if k not in ("params", "lr")} | {"lr": 0} != fixed | {
-            "lr": 0
-        }:
-            raise ValueError("its settings are others")
+    if before != [[group[name] for name in fixed] for group in optimiser.param_groups]:
+        raise ValueError("its settings are others")
     for parameter, kept in optimiser.state.items():
-        if any(
-            x.shape not in ((), parameter.shape) or not x.isfinite().all() for x in kept.values()
-        ):
-            raise ValueError("its tensors are not the weights'")
+        for x in kept.values():
+            if x.shape not in ((), parameter.shape) or not x.isfinite().all():
+                raise ValueError("its tensors are not the weights'")
 
 
 def check_evaluations(path, evaluations):

@@ -352,7 +352,7 @@ def main():
             means = (totals / ((summed - n) * world)).tolist() if n < summed else [None] * 3
             action_mean, lm_mean, similarity_mean = means
             totals.zero_()
-            new_bad, row_steps, summed = torch.zeros_like(new_bad), summed, 0
+            new_bad, summed = torch.zeros_like(new_bad), 0
             if rank == 0:
                 row = {"step": step, "action_loss": action_mean, "lr": lr}
                 row["lm_loss"] = None if tokens is None else lm_mean
@@ -360,7 +360,7 @@ def main():
                 row["seconds"] = time.time() - started - evaluating
                 append_to_log(folder, row)
                 trackers.add(row)
-                if n < row_steps:
+                if action_mean is not None:
                     shown |= {"loss": f"{action_mean:.4f}"}
                     shown |= {} if tokens is None else {"lm": f"{lm_mean:.3f}"}
                 bar.set_postfix(shown)
@@ -396,8 +396,9 @@ def main():
                 processes = [None] * world
                 dist.all_gather_object(processes, mine)
             if rank == 0:
-                state = trained_state(model, settings["train"])
-                check_finite(state, step)
+                if not due:  # else it was made for the evaluation
+                    state = trained_state(model, settings["train"])
+                    check_finite(state, step)
                 save("ckpt.pt", state)
                 save_run(
                     folder,

@@ -16,11 +16,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
+from runs import assert_same, outcome
 
 import run_folder
 import train
-from checkpoint import read_checkpoint
 from experiments.write_dataset import write_dataset
 from files import load_tensors, write_atomically, write_json
 from plumbing import UserError
@@ -123,14 +122,6 @@ def command(monkeypatch):
     return call
 
 
-def outcome(folder):
-    rows = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
-    for row in rows:
-        row.pop("seconds", None)
-    score = json.loads((folder / "result.json").read_text())["score"]
-    return rows, score, read_checkpoint(folder / "ckpt.pt")["model"]
-
-
 def check_what_is_there(folder):
     """Every file that has its name is whole."""
     for path in folder.iterdir():
@@ -166,9 +157,7 @@ def test_whatever_write_fails_the_run_goes_on_from_there(kind, tmp_path, faults,
         if (folder / "config.json").exists():
             command("--resume", folder)
             assert "going on with" in capsys.readouterr().out
-            rows, score, weights = outcome(folder)
-            assert (rows, score) == whole[:2], at
-            assert all(torch.equal(tensor, whole[2][n]) for n, tensor in weights.items()), at
+            assert_same(folder, whole)
             assert not [path for path in folder.iterdir() if path.name.startswith(".")]
     print(f"{kind}: {writes} places, each failed once")
 

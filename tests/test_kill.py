@@ -6,7 +6,6 @@ The disk is made slow (a wait before each flush and each rename), so that many k
 writing of a file. SIGKILL leaves a process no time for anything.
 """
 
-import json
 import os
 import random
 import signal
@@ -16,7 +15,7 @@ import time
 from pathlib import Path
 
 import pytest
-import torch
+from runs import assert_same, outcome
 
 from files import load_tensors
 
@@ -45,22 +44,6 @@ def start(*arguments):
 def finish(process):
     errors = process.communicate()[1]
     assert process.returncode == 0, errors
-
-
-def outcome(folder):
-    """All that a run leaves: rows and result without what time took, the tensors of checkpoints."""
-    rows = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
-    result = json.loads((folder / "result.json").read_text())
-    for x in (*rows, result):
-        for name in ("seconds", "seconds_evaluating"):
-            x.pop(name, None)
-    files = sorted(path.name for path in folder.iterdir())
-    return (
-        rows,
-        result,
-        files,
-        {n: load_tensors(folder / n)["model"] for n in ("ckpt.pt", "best.pt")},
-    )
 
 
 @pytest.fixture(scope="module")
@@ -108,12 +91,7 @@ def test_a_killed_run_ends_as_a_whole_one(whole, tmp_path):
             rows = 0
             folder.rename(out / "empty")
             finish(start(*FLAGS.split(), "--out", out, "--name", "run"))
-        found = outcome(folder)
-        assert found[:3] == expected[:3], (moment, aside)
-        for name, tensors in expected[3].items():
-            assert tensors.keys() == found[3][name].keys()
-            for key, tensor in tensors.items():
-                assert torch.equal(tensor, found[3][name][key]), (moment, name, key)
+        assert_same(folder, expected)
         what = f"while writing {aside[0].split('.')[1]}" if aside else "between writes"
         print(
             f"kill {killed}: after {moment:.2f} s, {what}, {rows} rows; resumed from {step}: same"

@@ -11,9 +11,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from runs import assert_same, outcome
 
 import train
-from checkpoint import read_checkpoint
 from plumbing import UserError
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -25,26 +25,6 @@ SHORT += ["--dropout", 0.1]  # the short preset has none: its masks must go on, 
 def command(monkeypatch, *arguments):
     monkeypatch.setattr(sys, "argv", ["train.py", *map(str, arguments)])
     train.main()
-
-
-def outcome(folder):
-    """All that a run leaves behind, but for times."""
-    rows = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
-    result = json.loads((folder / "result.json").read_text())
-    for numbers in (*rows, result):
-        numbers.pop("seconds", None)
-        numbers.pop("seconds_evaluating", None)
-    names = ("ckpt.pt", "best.pt")
-    weights = {name: read_checkpoint(folder / name)["model"] for name in names}
-    return rows, result, weights, {path.name for path in folder.iterdir()}
-
-
-def assert_same(folder, expected):
-    rows, result, weights, names = outcome(folder)
-    assert (rows, result, names) == (expected[0], expected[1], expected[3])
-    for name, tensors in weights.items():
-        for key, tensor in tensors.items():
-            assert torch.equal(tensor, expected[2][name][key]), (name, key)
 
 
 @pytest.fixture(scope="module")

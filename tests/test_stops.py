@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 from minari.data_collector import EpisodeBuffer
+from runs import assert_same, outcome, wait_for_rows
 from safetensors.torch import load_file
 
 import train
@@ -35,14 +36,6 @@ def run(*arguments):
     return done.returncode, done.stdout, done.stderr
 
 
-def outcome(folder):
-    rows = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
-    for row in rows:
-        row.pop("seconds", None)
-    score = json.loads((folder / "result.json").read_text())["score"]
-    return rows, score, read_checkpoint(folder / "ckpt.pt")["model"]
-
-
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
     out = tmp_path_factory.mktemp("whole")
@@ -57,8 +50,7 @@ def begin(out, *more):
     command += ["--out", str(out), "--name", "run"]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     log = out / "run" / "log.jsonl"
-    while not (log.exists() and log.stat().st_size) and process.poll() is None:
-        time.sleep(0.005)
+    wait_for_rows(log, process)
     return process
 
 
@@ -78,10 +70,7 @@ def test_a_signal_ends_the_step_saves_and_leaves(number, whole, tmp_path):
     code, out, errors = run("--resume", folder)
     assert code == 0, errors
     assert f"after step {step}" in out  # not a step is lost
-    rows, score, weights = outcome(folder)
-    assert (rows, score) == whole[:2]
-    for name, tensor in weights.items():
-        assert torch.equal(tensor, whole[2][name]), name
+    assert_same(folder, whole)
 
 
 SLOW_DISK = """
@@ -129,9 +118,7 @@ def test_a_second_signal_leaves_at_once_and_harms_nothing(number, code, says, wh
     assert not (folder / "resume.pt").exists()  # it had not saved yet
     code, _, errors = run("--resume", folder)
     assert code == 0, errors
-    rows, score, weights = outcome(folder)
-    assert (rows, score) == whole[:2]
-    assert all(torch.equal(tensor, whole[2][name]) for name, tensor in weights.items())
+    assert_same(folder, whole)
     assert not list(folder.glob(".ckpt.pt.*"))
 
 
@@ -143,8 +130,7 @@ def test_a_reader_that_has_gone_stops_no_stop(tmp_path):
     process = subprocess.Popen(command, stdout=write, stderr=write)
     os.close(write)
     log = tmp_path / "run" / "log.jsonl"
-    while not (log.exists() and log.stat().st_size) and process.poll() is None:
-        time.sleep(0.005)
+    wait_for_rows(log, process)
     os.close(read)
     process.send_signal(signal.SIGINT)
     assert process.wait() == 130
@@ -176,8 +162,7 @@ def test_a_stopped_baseline_keeps_its_policy(tmp_path):
     command = [sys.executable, "-u", *words.split(), "--out", str(tmp_path)]
     process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     log = tmp_path / "run" / "log.jsonl"
-    while not (log.exists() and log.stat().st_size) and process.poll() is None:
-        time.sleep(0.005)
+    wait_for_rows(log, process)
     process.terminate()
     out, errors = process.communicate()
     assert process.returncode == 128 + signal.SIGTERM, errors

@@ -9,6 +9,7 @@ import time
 import psutil
 import pytest
 import torch
+from runs import wait_for_rows
 
 from experiments import sweep
 from experiments.sweep import STUDIES, grid, name_of, progress_of, state_of
@@ -83,8 +84,7 @@ def test_a_stopped_sweep_lets_its_runs_save_and_goes_on(tmp_path, monkeypatch, c
         words, cwd=sweep.ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE
     )
     log = tmp_path / "hopper-dt-0.01-s0" / "log.jsonl"
-    while not (log.exists() and log.stat().st_size) and process.poll() is None:
-        time.sleep(0.01)
+    wait_for_rows(log, process)
     process.terminate()
     out, errors = process.communicate()
     assert process.returncode == 128 + signal.SIGTERM, errors
@@ -105,8 +105,7 @@ def test_a_second_signal_leaves_no_run_behind(tmp_path):
     words = [sys.executable, "-m", "experiments.sweep", *map(str, flags)]
     process = subprocess.Popen(words, cwd=sweep.ROOT, stderr=subprocess.DEVNULL)
     log = tmp_path / "hopper-dt-0.01-s0" / "log.jsonl"
-    while not (log.exists() and log.stat().st_size) and process.poll() is None:
-        time.sleep(0.01)
+    wait_for_rows(log, process)
     runs = psutil.Process(process.pid).children(recursive=True)
     process.send_signal(signal.SIGINT)
     time.sleep(0.1)
