@@ -4,7 +4,6 @@ import io
 import math
 import os
 import shutil
-import tempfile
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -15,7 +14,7 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-from files import check_hdf5, check_memory, locked, read_json
+from files import check_hdf5, check_memory, folder_aside, locked, read_json
 from plumbing import UserError, first_line, network_available
 from spaces import FRAME, encode_actions, flatten, is_picture, observation_shape, read_space, shrink
 from windows import Trajectories
@@ -175,7 +174,7 @@ def download_dataset(name, local):
     with locked(local / name):
         if is_dataset(local / name):  # another process was faster
             return local / name
-        with tempfile.TemporaryDirectory(dir=local, prefix=".download-") as aside:
+        with folder_aside(local / name) as aside:
             with minari_folder(aside):  # Minari itself downloads in place
                 minari.download_dataset(name)
             shutil.rmtree(local / name, ignore_errors=True)  # what an interrupted one left

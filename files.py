@@ -13,6 +13,7 @@ import math
 import os
 import pickletools
 import re
+import shutil
 import struct
 import tempfile
 import zipfile
@@ -88,15 +89,24 @@ def check_writable(folder, flag):
 def clear_unfinished(path):
     """Remove what a kill left of writing `path`. Nobody else may be writing it."""
     for unfinished in Path(path).parent.glob(f".{glob.escape(Path(path).name)}.*"):
-        if unfinished.suffix != ".lock":
+        if unfinished.is_dir() and not unfinished.is_symlink():
+            shutil.rmtree(unfinished, ignore_errors=True)
+        elif unfinished.suffix != ".lock":
             unfinished.unlink(missing_ok=True)
+
+
+def folder_aside(path):
+    """A new temporary folder beside `path`, to be renamed to it when whole; within locked(path)."""
+    path = Path(path)
+    return tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.")
 
 
 @contextmanager
 def locked(path):
     """Within this no other process is within the same for `path`: what it makes is made once.
 
-    Waits for the other one, and says so. Raises UserError where nothing can be written.
+    Waits for the other one, and says so. What a killed one left of it is removed. Raises UserError
+    where nothing can be written.
     """
     path = Path(path)
     try:

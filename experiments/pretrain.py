@@ -30,7 +30,7 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from checkpoint import check_finite
-from files import check_writable, load_tensors, save_tensors, write_atomically
+from files import check_writable, clear_unfinished, load_tensors, save_tensors, write_atomically
 from load_gpt2 import HUB, MINI_CONFIG, fingerprint, save_gpt2
 from model import GPT, GPTConfig, text_loss
 from plumbing import (
@@ -227,6 +227,9 @@ def main():
         betas=(0.9, 0.95),
     )
     log, done = [], 0
+    if rank == 0:
+        for ending in (".safetensors", ".jsonl", ".state.pt", ".png"):
+            clear_unfinished(beside(c.out, ending))
     if state:  # nothing but the blocks and dropout is random
         try:
             gpt.load_state_dict(state["model"])

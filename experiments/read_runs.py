@@ -85,7 +85,7 @@ def read_run(folder, remarks):
         lm = config["base"]["lm"] if config["base"] else "none"
         if settings.get("pretrained"):  # random weights differ with the seed, as they should
             settings["weights"] = config["base"]["sha256"]
-        dataset = re.split(r",| in ", config["chosen"]["dataset"])[0]
+        dataset = re.split(r",| in ", config["chosen"]["dataset"])[0].removeprefix("the bundled ")
         plain = "plain returns" in config["chosen"]["environment"]
         run = dict(
             folder=folder,

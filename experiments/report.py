@@ -311,6 +311,7 @@ def main():
     out.mkdir(parents=True, exist_ok=True)
     drawn = {} if arguments.no_figures else draw_all(out, cells, aggregates)
     command = f"python -m experiments.report {' '.join(arguments.runs)}"
+    command += f" --out {arguments.out}" if arguments.out != parser.get_default("out") else ""
     text = report_text(cells, remarks, aggregates, drawn, paper, command)
     write_atomically(out / "report.md", lambda file: file.write(text.encode()))
     write_atomically(out / "report.csv", lambda file: file.write(csv_text(cells, paper).encode()))

@@ -6,7 +6,6 @@ was made, its statistics, and what share of a full dataset it is (see data.find_
 """
 
 import os
-import tempfile
 import warnings
 from importlib.metadata import version
 from pathlib import Path
@@ -15,7 +14,7 @@ import h5py
 import numpy as np
 
 from data import minari_folder
-from files import locked, write_atomically, write_json
+from files import folder_aside, locked, write_atomically, write_json
 from plumbing import UserError
 
 
@@ -85,12 +84,13 @@ def write_dataset(folder, dataset_id, episodes, env_spec, spaces, reference, abo
     versions = {p: version(p) for p in ("minari", "gymnasium", "numpy", engine)}
     random, expert = reference
     try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
         with (
-            tempfile.TemporaryDirectory(dir=folder.parent, prefix=".writing-") as aside,
+            locked(folder),
+            folder_aside(folder) as aside,
             minari_folder(aside),
             warnings.catch_warnings(),
         ):
+            check_free(folder)  # another process may have been writing it until now
             warnings.simplefilter("ignore")  # Minari misses an address to write to
             minari.create_dataset_from_buffers(
                 dataset_id,
@@ -109,9 +109,7 @@ def write_dataset(folder, dataset_id, episodes, env_spec, spaces, reference, abo
             compress(made / "data" / "main_data.hdf5")
             about = about | statistics(np.array(returns), np.array(lengths), reference, versions)
             write_json(made / "about.json", about)
-            with locked(folder):
-                check_free(folder)  # two may have recorded it at once
-                os.rename(made, folder)
+            os.rename(made, folder)
     except OSError as error:
         raise UserError(f"cannot write {folder}: {error.strerror or error}") from error
     return about

@@ -404,11 +404,14 @@ def test_a_download_is_whole_or_absent(tmp_path, monkeypatch):
     partial = local / "test" / "set-v0" / "data"  # what an older interrupted download left
     partial.mkdir(parents=True)
     (partial / "metadata.json").write_text("{}")
+    killed = local / "test" / ".set-v0.abcd" / "test"  # what a killed one left
+    killed.mkdir(parents=True)
+    (killed / "main_data.hdf5").write_bytes(b"a part")
     monkeypatch.setattr(minari, "download_dataset", lambda name: download(name, whole=True))
     folder = data.download_dataset("test/set-v0", local)
     assert read_dataset(folder).total_episodes == 1
     assert os.environ["MINARI_DATASETS_PATH"] == str(local)
-    assert not list(local.glob(".download-*"))
+    assert [path.name for path in (local / "test").iterdir() if path.is_dir()] == ["set-v0"]
 
 
 def test_a_dataset_asked_for_by_name_is_found_or_an_error(five_episodes):

@@ -425,6 +425,9 @@ def test_two_recordings_leave_one_dataset(tmp_path):
     words = ["-m", "experiments.collect", "--env", "reacher2d", "--random", "--steps", "300"]
     environment = os.environ | {"MINARI_DATASETS_PATH": str(tmp_path)}
     pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    left = tmp_path / "lamo" / "reacher2d" / ".random-v0.abcd"  # by one that was killed
+    left.mkdir(parents=True)
+    (left / "main_data.hdf5").write_bytes(b"a part")
     both = [
         subprocess.Popen([sys.executable, *words], cwd=ROOT, env=environment, **pipes)
         for _ in range(2)
@@ -437,7 +440,7 @@ def test_two_recordings_leave_one_dataset(tmp_path):
             assert "exists already" in text
     read = read_dataset(tmp_path / "lamo/reacher2d/random-v0")
     assert read.total_steps >= 300
-    assert not list(tmp_path.rglob(".writing-*"))
+    assert [path.name for path in left.parent.iterdir() if path.is_dir()] == ["random-v0"]
 
 
 def test_a_lock_is_waited_for(tmp_path):

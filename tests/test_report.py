@@ -141,7 +141,7 @@ def test_a_ratio_is_a_row_and_so_is_a_dataset(tmp_path, monkeypatch):
     command(monkeypatch, tmp_path / "runs", "--out", tmp_path)
     lines = (tmp_path / "report.md").read_text().splitlines()
     assert sum(line.startswith("| hopper 1 % | lamo/hopper/medium-v0 |") for line in lines) == 1
-    bundled = "| hopper 1 % | the bundled lamo/hopper/medium-1pct-v0 |"
+    bundled = "| hopper 1 % | lamo/hopper/medium-1pct-v0 |"
     assert sum(line.startswith(bundled) for line in lines) == 1
     assert (tmp_path / "ratios.png").exists()
     assert (tmp_path / "curves-hopper-0.01-2.png").exists()
