@@ -14,9 +14,18 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-from files import check_hdf5, check_memory, folder_aside, locked, read_json
+from files import check_arrow, check_hdf5, check_memory, folder_aside, locked, read_json
 from plumbing import UserError, first_line, network_available
-from spaces import FRAME, encode_actions, flatten, is_picture, observation_shape, read_space, shrink
+from spaces import (
+    FRAME,
+    encode_actions,
+    flatten,
+    is_picture,
+    observation_shape,
+    read_space,
+    shapes_of,
+    shrink,
+)
 from windows import Trajectories
 
 BUNDLED = Path(__file__).parent / "assets" / "minari"  # datasets that come with the project
@@ -135,14 +144,19 @@ def read_dataset(folder):
     try:
         metadata = read_json(data / "metadata.json")
         for kind in ("observation_space", "action_space"):
-            if kind in metadata:
-                read_space(metadata[kind])
-        if (data / "main_data.hdf5").exists():
+            if kind not in metadata:  # Minari would make the environment, whatever that does
+                raise UserError(f"{data / 'metadata.json'} does not tell its {kind}")
+        told = {kind: read_space(metadata[f"{kind}_space"]) for kind in ("observation", "action")}
+        if metadata["data_format"] == "hdf5":
             check_hdf5(data / "main_data.hdf5")
             with h5py.File(data / "main_data.hdf5") as file:
                 there = len(file)
-        else:
+        elif metadata["data_format"] in ("arrow", "parquet"):
+            shapes = {f"{kind}s": shapes_of(space) for kind, space in told.items()}
+            check_arrow(data, metadata["data_format"], shapes)
             there = sum(path.is_dir() for path in data.iterdir())
+        else:
+            raise UserError(f"{folder} is of no format that is known: hdf5, arrow or parquet")
         if int(metadata["total_episodes"]) > there:
             raise UserError(f"{folder} holds {there} episodes, not {metadata['total_episodes']}")
         dataset = minari.MinariDataset(data)

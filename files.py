@@ -15,6 +15,8 @@ import pickletools
 import re
 import shutil
 import struct
+import subprocess
+import sys
 import tempfile
 import zipfile
 from contextlib import contextmanager
@@ -26,7 +28,7 @@ import psutil
 import torch
 from filelock import FileLock, Timeout
 
-from plumbing import UserError
+from plumbing import UserError, printable
 
 MOST_SHRUNK = 1100  # gzip makes a file 1032 times smaller at most: one that claims more is forged
 LARGEST_CHUNK = 1 << 26  # bytes of a piece that HDF5 reads at once
@@ -267,3 +269,21 @@ def check_hdf5(path):
     if claimed > MOST_SHRUNK * size:
         raise UserError(f"{path} claims to hold {claimed:,} bytes, more than its size allows")
     check_memory(largest, f"an episode in {path}")
+
+
+def check_arrow(folder, kind, shapes):
+    """Raises UserError for Arrow or Parquet files that could harm who reads them.
+
+    They are read by check_arrow.py first, in a process that may have half of the free memory.
+    folder: with an episode in each of its folders; kind: "arrow" or "parquet"; shapes: of
+    observations and actions, by these names, as spaces.shapes_of tells them.
+    """
+    asked = {"folder": str(folder), "format": kind, "shapes": shapes}
+    asked["limit"] = psutil.virtual_memory().available // 2
+    program = Path(__file__).with_name("check_arrow.py")
+    command = [sys.executable, str(program), json.dumps(asked)]
+    done = subprocess.run(command, capture_output=True, text=True, errors="replace", check=False)
+    if done.returncode:
+        said = done.stderr.strip().splitlines()[-1:] if done.returncode == 1 else []
+        why = said[0] if said else f"a process that read it ended with {done.returncode}"
+        raise UserError(f"{folder} is no readable Minari dataset: {printable(why)}")

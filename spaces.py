@@ -47,6 +47,15 @@ def read_space(text):
     return deserialize_space(told)
 
 
+def shapes_of(space):
+    """A space's shape as a list; of one with parts a dictionary, of each part's; None of others."""
+    if isinstance(space, gym.spaces.Dict):
+        return {name: shapes_of(part) for name, part in space.items()}
+    if isinstance(space, gym.spaces.Tuple):
+        return {str(i): shapes_of(part) for i, part in enumerate(space)}
+    return None if space.shape is None else list(space.shape)
+
+
 # --- observations --------------------------------------------------------------------------------
 
 

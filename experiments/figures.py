@@ -110,7 +110,7 @@ def draw_curves(path, heading, cells, colours):
     with drawing(path, 0.95 + 1.05 * lines, lines, columns, sharex=True, sharey=True) as drawn:
         figure, axes = drawn
         line = "" if len(cells) == 1 else f"thin: {first}; "
-        figure.suptitle(f"{heading}\n{line}dotted: the data's own", fontsize=8)
+        figure.suptitle(f"{textwrap.fill(heading, 52)}\n{line}dotted: the data's own", fontsize=8)
         figure.supxlabel("share of the training steps (%)", fontsize=8)
         figure.supylabel("return" if plain else "normalised score", fontsize=8)
         for axis in axes.flat[len(cells) :]:
@@ -161,7 +161,7 @@ def draw_ratios(path, panels, colours):
             axis.set_xlabel("share of the dataset's trajectories (%)")
             plain = any(cell.runs[0].plain for _, points in lines.values() for _, cell in points)
             axis.set_ylabel("return" if plain else "normalised score")
-            axis.set_title(heading)
+            axis.set_title(textwrap.fill(heading, 44))
             legend_below(axis)
 
 
@@ -176,7 +176,7 @@ def draw_language(path, heading, cells, colours):
             band(axis, steps, curves, text, colours[method], DASHES.get(method, "-"))
         axis.set_xlabel("training step")
         axis.set_ylabel("language loss (nats a token)")
-        axis.set_title(heading)
+        axis.set_title(textwrap.fill(heading, 44))
         legend_below(axis)
 
 

@@ -318,11 +318,15 @@ class Readers:
 
         shutil.copytree(self.sound / "minari/fuzz/set-v0", at)
         path = at / "data" / "main_data.hdf5"
+        told = at / "data" / "metadata.json"
+        if draw.random() < 0.3:  # a stranger's environment, beside what else is odd
+            metadata = json.loads(told.read_text())
+            spec = json.loads(metadata["env_spec"]) | {"entry_point": f"{CANARY}:make"}
+            told.write_text(json.dumps(metadata | {"env_spec": json.dumps(spec)}))
         if (kind := draw.random()) < 0.05:
             about = json.dumps({"share": 0.5, "episodes": 3}).encode()
             (at / "about.json").write_bytes(spoil_json(draw, about))
         elif kind < 0.4:
-            told = at / "data" / "metadata.json"
             told.write_bytes(spoil_json(draw, told.read_bytes()))
         elif kind < 0.75:
             spoil_hdf5(draw, path)

@@ -68,6 +68,16 @@ def two_lines(folder):
     path.write_text(json.dumps(metadata | {"env_spec": json.dumps(spec)}))
 
 
+def untold(folder):
+    """Minari would make the environment to see its spaces: here a call of os.system."""
+    path = folder / "data" / "metadata.json"
+    metadata = json.loads(path.read_text())
+    del metadata["action_space"]
+    spec = json.loads(metadata["env_spec"]) | {"entry_point": "os:system"}
+    spec |= {"kwargs": {"command": f"touch {folder / 'ran'}"}, "additional_wrappers": []}
+    path.write_text(json.dumps(metadata | {"env_spec": json.dumps(spec)}))
+
+
 def load(folder):
     source, _, _ = find_dataset("x", Task(), 1.0, str(folder))
     environment, _ = find_environment(Task(), source)
@@ -91,6 +101,8 @@ DATASETS = {
     ),
     "an id that is none": (told(dataset_id="fu\0\0/set-."), "no readable Minari dataset"),
     "a version that is none": (told(minari_version="x" * 99), "no readable Minari dataset"),
+    "no space of its own": (untold, "does not tell its action_space"),
+    "a format that is none": (told(data_format="pickle"), "is of no format that is known"),
     "a module over two lines": (two_lines, r"the module gym\nnasium\x1b[2J;"),
 }
 
@@ -109,6 +121,7 @@ def test_a_dataset_is_refused_in_one_line(what, sound, tmp_path):
         load(folder)
     assert says in str(error.value)
     assert str(error.value).isprintable()
+    assert not (folder / "ran").exists()
 
 
 def test_another_environment_beside_a_checkpoints_spaces_is_refused(sound, tmp_path):

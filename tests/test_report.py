@@ -3,7 +3,9 @@
 import csv
 import json
 import math
+import re
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,6 +17,7 @@ from experiments.read_runs import make_cells, read_runs
 from experiments.report import aggregate, iqm, read_paper
 from plumbing import UserError
 
+ROOT = Path(__file__).resolve().parent.parent
 STEPS, EVERY = 10, 2  # so that the evaluations at steps 10 alone are in the last 20 %
 NAN = float("nan")
 
@@ -256,6 +259,32 @@ def test_aggregates_are_over_rows_that_all_their_methods_have(tmp_path):
     assert [row[0] for row in two[0]] == ["hopper", "walker2d"]
     assert list(two[1]) == ["lamo", "dt", "bc"]
     assert two[1]["bc"][0] == pytest.approx(5.0)
+
+
+def test_the_readmes_tables_are_of_the_records(tmp_path, monkeypatch):
+    """results/ holds the runs, results/report what they come to; the README shows parts of that."""
+    monkeypatch.chdir(ROOT)
+    folders = sorted(path for path in Path("results").iterdir() if path.name != "report")
+    command(monkeypatch, *folders, "--no-figures", "--out", tmp_path)
+    made = (tmp_path / "report.md").read_text()
+    kept = (ROOT / "results" / "report" / "report.md").read_text()
+    for name in ("report.csv", "report.md"):
+        tables = [
+            [line for line in path.read_text().splitlines() if name.endswith("csv") or "|" in line]
+            for path in (tmp_path / name, ROOT / "results" / "report" / name)
+        ]
+        assert tables[0] == tables[1]
+    readme = (ROOT / "README.md").read_text().split("\n## ")
+    (results,) = [part for part in readme if part.startswith("Results\n")]
+    shown = [line for line in results.splitlines() if line.startswith("| ") and "±" in line]
+    assert len(shown) >= 8
+    assert not [line for line in shown if line not in made.splitlines()]
+    pictures = set(re.findall(r"\((results/report/[^)]*\.png)\)", results))
+    assert pictures
+    assert all((ROOT / picture).is_file() for picture in pictures)
+    command_given = f"python -m experiments.report {' '.join(map(str, folders))}"
+    assert command_given in results
+    assert command_given in kept
 
 
 def test_the_papers_figures_are_those_of_the_paper(shared):
