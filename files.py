@@ -161,7 +161,7 @@ def check_directory(path):
     size = os.path.getsize(path)
     with open(path, "rb") as file:
         file.seek(max(0, size - 98))
-        end = file.read()  # zip64's end (56 bytes), its locator (20), the end (22), nothing after
+        end = file.read(98)  # zip64's end (56 bytes), its locator (20), the end (22), nothing after
     if end[-22:-18] != b"PK\5\6" or end[-2:] != b"\0\0":
         raise ValueError("not a zip file of torch's")
     length, start = struct.unpack("<II", end[-10:-2])

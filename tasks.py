@@ -16,7 +16,7 @@ import gymnasium as gym
 import numpy as np
 from gymnasium.envs.registration import EnvSpec, load_env_creator
 
-from plumbing import UserError, choose, first_line
+from plumbing import UserError, choose, first_line, printable
 from spaces import action_size, check_fit, observation_shape, read_space
 
 GOAL_DISTANCE = 0.3  # below this a kitchen's sub-task is complete (gymnasium-robotics)
@@ -214,6 +214,7 @@ def task_of_dataset(name):
 # --- environments --------------------------------------------------------------------------------
 
 TRUSTED = {"gymnasium", "gymnasium_robotics", "ale_py", "minigrid", "reacher2d"}  # to be imported
+NAMED = set()  # by the user: these may be set up with paths, too
 LARGEST_ARGUMENT = 1_000_000  # whole number that a file may set an environment up with
 LARGEST_OF_WRAPPERS = 100_000  # likewise a wrapper: some make that many copies of an observation
 PACKAGES = {  # modules of well-known environments, and what pip calls them
@@ -279,6 +280,7 @@ def find_environment(task, dataset):
 def trust(module):
     """Let environments of a module be made, for the user names it: --env-module."""
     TRUSTED.add(module)
+    NAMED.add(module)
 
 
 def check_trusted(name, entry_point):
@@ -294,8 +296,13 @@ def check_trusted(name, entry_point):
         raise UserError(f"{name} would write videos where its maker says; take that wrapper out")
 
 
-def check_numbers_of(spec):
-    """Raises UserError for an argument in a recorded environment that would take the memory."""
+def check_arguments(spec):
+    """Raises UserError for arguments that a stranger's environment may not be made with.
+
+    They are numbers that would take the memory, and paths, for what they name would be read.
+    """
+    module = str(spec.entry_point).partition(":")[0]
+    named = {module, module.partition(".")[0]} & NAMED
 
     def look(value, most):
         if isinstance(value, dict | list | tuple):
@@ -303,6 +310,9 @@ def check_numbers_of(spec):
                 look(part, most)
         elif isinstance(value, int) and abs(value) > most:
             raise UserError(f"{spec.id} is recorded with {value} among its arguments: too large")
+        elif isinstance(value, str) and {"/", "\\"} & {*value} and not named:
+            why = f"if you trust what is there, add --env-module {module}"
+            raise UserError(f"{spec.id} is recorded with the path {printable(value)}; {why}")
 
     look(spec.kwargs, LARGEST_ARGUMENT)
     look([wrapper.kwargs for wrapper in spec.additional_wrappers], LARGEST_OF_WRAPPERS)
@@ -320,12 +330,12 @@ def make_env(spec, render_mode=None, **kwargs):
         if isinstance(spec, EnvSpec):
             parts = [(spec.entry_point, gym.Env)]
             parts += [(wrapper.entry_point, gym.Wrapper) for wrapper in spec.additional_wrappers]
-            check_numbers_of(spec)
             for entry_point, kind in parts:
                 check_trusted(name, entry_point)
                 made_by = load_env_creator(entry_point)
                 if not (isinstance(made_by, type) and issubclass(made_by, kind)):
                     raise UserError(f"{name} is not an environment: it names {entry_point}")
+            check_arguments(spec)
             known = signature(load_env_creator(spec.entry_point)).parameters.keys()
             if render_mode or "render_mode" in known | spec.kwargs.keys():  # not all know the word
                 kwargs["render_mode"] = render_mode

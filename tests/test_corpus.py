@@ -15,6 +15,7 @@ import pytest
 import torch
 from fuzz import make_sound
 
+import tasks
 import train
 from checkpoint import load_model, read_checkpoint
 from data import find_dataset, load_trajectories
@@ -130,6 +131,23 @@ def test_another_environment_beside_a_checkpoints_spaces_is_refused(sound, tmp_p
     torch.save(content, tmp_path / "ckpt.pt")
     environment = read_checkpoint(tmp_path / "ckpt.pt")["environment"]
     with pytest.raises(UserError, match="what the policy sees do not fit"):
+        make_vector_env(environment, 1)
+
+
+def test_a_path_among_an_environments_arguments_is_not_read(sound, tmp_path, monkeypatch):
+    """A scene of MuJoCo's, which may be any file that this user can read."""
+    content = load_tensors(sound / "run" / "ckpt.pt")
+    spec = json.loads(content["environment"]["spec"])
+    content["environment"]["spec"] = json.dumps(spec | {"kwargs": {"xml_file": "/none/scene.xml"}})
+    torch.save(content, tmp_path / "ckpt.pt")
+    environment = read_checkpoint(tmp_path / "ckpt.pt")["environment"]
+    module = spec["entry_point"].partition(":")[0]
+    with pytest.raises(UserError, match=f"the path /none/scene.xml; .* --env-module {module}"):
+        make_vector_env(environment, 1)
+    monkeypatch.setattr("tasks.TRUSTED", set(tasks.TRUSTED))
+    monkeypatch.setattr("tasks.NAMED", set())
+    tasks.trust(module)
+    with pytest.raises(UserError, match="scene"):  # which is not there
         make_vector_env(environment, 1)
 
 
