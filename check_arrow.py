@@ -19,7 +19,7 @@ import pyarrow.dataset
 from PIL import Image
 
 IGNORED = ["_", ".", "metadata.json"]  # as Minari reads an episode's folder
-PLAIN = ("boolean", "integer", "floating", "binary", "large_binary", "string", "large_string")
+PLAIN = ("boolean", "integer", "floating", "binary", "string")
 
 
 def check_type(kind, inside_list=False):
@@ -44,7 +44,7 @@ def check_pictures(column, shape):
             check_pictures(column.field(i), shape[field.name] if isinstance(shape, dict) else None)
     elif pa.types.is_binary(column.type):
         for picture in column:
-            width, height = Image.open(io.BytesIO(picture.as_py())).size
+            width, height = Image.open(io.BytesIO(picture.as_py()), formats=["JPEG"]).size
             if not isinstance(shape, list) or [height, width] != shape[:2]:
                 raise ValueError(f"a picture is {width} wide and {height} high, not {shape}")
 
@@ -70,6 +70,8 @@ def main():
     pa.set_cpu_count(1)
     for folder in sorted(Path(asked["folder"]).iterdir()):
         if folder.is_dir():
+            if odd := [p.name for p in folder.rglob("*") if not (p.is_file() or p.is_dir())]:
+                sys.exit(f"{folder.name}: {odd[0]} is no ordinary file")
             try:
                 check_episode(folder, asked["format"], asked["shapes"])
             except Exception as error:  # of pyarrow, Pillow, JSON and the file system

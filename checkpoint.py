@@ -4,7 +4,6 @@ A checkpoint holds what was trained, and no frozen language model: it names that
 is read only on top of the same weights. Nothing in it is code.
 """
 
-import math
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -15,7 +14,7 @@ from files import check_memory, load_tensors
 from load_gpt2 import find_config, fingerprint, load_gpt2
 from lora import inject_lora, mark_trainable
 from model import GPT, LaMo
-from plumbing import UserError, first_line
+from plumbing import UserError, first_line, is_number
 from spaces import action_size, is_choice, is_picture, observation_shape
 from tasks import unpack
 
@@ -46,7 +45,12 @@ CHOICES = {  # of settings that are words
     "train": ["lora", "new", "all"],
     "dtype": ["bf16", "fp32"],
 }
-MOST = {"context": 10_000, "episodes": 2000, "episode_limit": 10**9}  # that a file may ask for
+MOST = {
+    "context": 10_000,
+    "episodes": 2000,
+    "episode_limit": 10**9,
+    "target": 10**9,
+}  # that a file may ask for
 ABOVE_ZERO = ("context", "max_ep_len", "episodes", "scale", "lora_rank")
 
 
@@ -62,13 +66,13 @@ def check_settings(path, checkpoint, kinds=KINDS, choices=CHOICES):
         value = settings.get(name)
         sound = isinstance(value, kind) and (kind is bool or type(value) is not bool)
         if sound and type(value) in (int, float):
-            sound = math.isfinite(value) and 0 <= value <= MOST.get(name, 2**63)
+            sound = 0 <= value <= MOST.get(name, 2**63)
             sound = sound and not (name.endswith("dropout") and value >= 1)
             sound = sound and not (value == 0 and name in ABOVE_ZERO)
         if not sound or (name in choices and value not in choices[name]):
             refuse(name)
     targets = [0.0 if target is None else target for target in settings["targets"]]  # of baselines
-    if not all(type(x) in (int, float) and math.isfinite(x) for x in targets):
+    if not all(is_number(x) and abs(x) <= MOST["target"] * settings["scale"] for x in targets):
         refuse("targets")
     if not 0 < len(targets) * settings["episodes"] <= MOST["episodes"]:
         refuse("targets" if len(targets) != 1 else "episodes")
@@ -93,7 +97,8 @@ def check_observations(path, checkpoint):
     expected = (0,) if frames else observation_shape(environment.observation_space)
     for name in ("obs_mean", "obs_std"):
         tensor = checkpoint[name]
-        if tuple(tensor.shape) != expected or not tensor.isfinite().all():
+        sound = tuple(tensor.shape) == expected and tensor.dtype == torch.float32
+        if not sound or not tensor.isfinite().all() or (name == "obs_std" and (tensor <= 0).any()):
             raise UserError(f"{path}: {name} is not of the environment's observations; damaged")
 
 
@@ -177,7 +182,8 @@ def read_checkpoint(path, expected=FORMAT):
     kinds |= {"environment": dict, "obs_mean": torch.Tensor, "obs_std": torch.Tensor}
     wrong = [k for k, kind in kinds.items() if not isinstance(checkpoint.get(k), kind)]
     if not wrong:
-        wrong = [name for name, t in checkpoint["model"].items() if not torch.is_tensor(t)]
+        model = checkpoint["model"].items()
+        wrong = [str(name) for name, t in model if not torch.is_tensor(t) or type(name) is not str]
     if wrong:
         raise UserError(f"{path} lacks {', '.join(wrong)} as it should be: damaged")
     if not all(isinstance(line, str) for line in checkpoint["chosen"].values()):

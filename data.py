@@ -3,6 +3,7 @@
 import io
 import math
 import os
+import re
 import shutil
 from contextlib import contextmanager
 from functools import partial
@@ -14,7 +15,7 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-from files import check_arrow, check_hdf5, check_memory, folder_aside, locked, read_json
+from files import check_arrow, check_hdf5, check_memory, folder_aside, locked, parse_json, read_json
 from plumbing import UserError, first_line, network_available
 from spaces import (
     FRAME,
@@ -95,6 +96,8 @@ def find_dataset(env, task, ratio, name="auto", quality="medium"):
     ours_alone = wanted.partition("/")[0] in MADE_HERE
     if ours_alone:
         why = f"{wanted} is not in {shown}, and on no server"
+    elif not re.fullmatch(r"(?!\.)[\w.-]+(/(?!\.)[\w.-]+)*", wanted):
+        why = f"{wanted} is no folder of a dataset, and no id of one"
     elif network_available():
         try:
             folder = download_dataset(wanted, local)
@@ -146,6 +149,8 @@ def read_dataset(folder):
         for kind in ("observation_space", "action_space"):
             if kind not in metadata:  # Minari would make the environment, whatever that does
                 raise UserError(f"{data / 'metadata.json'} does not tell its {kind}")
+        for kind in ("env_spec", "eval_env_spec"):
+            parse_json(metadata.get(kind) or "{}")  # for the size of its numbers
         told = {kind: read_space(metadata[f"{kind}_space"]) for kind in ("observation", "action")}
         if metadata["data_format"] == "hdf5":
             check_hdf5(data / "main_data.hdf5")
@@ -201,7 +206,7 @@ def download_dataset(name, local):
 
 def decode(picture, shape):
     """A JPEG's bytes as pixels. Raises UserError, before it decodes it, if shape is another."""
-    image = Image.open(io.BytesIO(picture))
+    image = Image.open(io.BytesIO(picture), formats=["JPEG"])
     if image.size != (shape[1], shape[0]):
         raise UserError(f"a picture is {image.size} wide and high, not as {shape} says")
     return np.asarray(image)
@@ -214,6 +219,8 @@ def read_frames(shape, pictures):
     bytes; an array or an HDF5 dataset. Raises UserError for pictures of another size.
     """
     jpeg = pictures.ndim < 3
+    if not jpeg and pictures.shape[1:] != shape:
+        raise UserError(f"pictures are of {pictures.shape[1:]}, not of {shape} as it says")
     frames = np.empty((len(pictures), FRAME, FRAME), np.uint8)
     for i in range(0, len(pictures), PICTURES_AT_A_TIME):
         if jpeg:  # one at a time: many may be one place of the file

@@ -17,10 +17,12 @@ from pathlib import Path
 
 import gymnasium as gym
 import numpy as np
+import psutil
 import torch
 from tqdm import tqdm
 
 from checkpoint import build_model, load_model, read_checkpoint
+from files import check_memory
 from load_gpt2 import TEXT_TOKENS, talk
 from lora import merged, round_frozen
 from plumbing import (
@@ -103,9 +105,12 @@ def is_finite(observation):
 
 def make_vector_env(environment, n, render_mode=None):
     """n environments stepped together; an ended one starts anew by itself at its next step."""
-    envs = gym.vector.SyncVectorEnv(
-        [lambda: Guard(make_env(environment.spec, render_mode=render_mode))] * n
-    )
+    before = psutil.Process().memory_info().rss
+    first = Guard(make_env(environment.spec, render_mode=render_mode))
+    grown = psutil.Process().memory_info().rss - before
+    check_memory((n - 1) * grown, f"{n} times {environment.spec.id}")
+    others = [lambda: Guard(make_env(environment.spec, render_mode=render_mode))] * (n - 1)
+    envs = gym.vector.SyncVectorEnv([lambda: first, *others])
     seen, done = envs.single_observation_space, envs.single_action_space
     check_fit("what the policy sees", environment.observation_space, seen)
     check_fit("what the policy does", environment.action_space, done, bounds=True)
@@ -192,6 +197,8 @@ def rollout(
                 tokens.append(model.observe(to_go[:, None, None], obs, timestep)[:, 0])
                 context = torch.cat(tuple(tokens)[1 - 2 * K :], dim=1)  # (n, up to 3K - 1, C)
                 predicted = model.act(context[rows]).float()
+            if not predicted.isfinite().all():
+                raise UserError(f"the model's actions are not finite at step {t} of an episode")
             if choice:
                 predicted = torch.multinomial(predicted.softmax(-1), 1, generator=draws)[:, 0]
             actions[alive] = decode_actions(action_space, predicted.cpu().numpy())
@@ -250,7 +257,7 @@ def print_table(results):
         print(f"{cut} episodes were cut before their end (--episode-limit): returns are not whole")
     for r in results:
         for what in r["failed"]:
-            print(f"target {written(r['target'])}: the environment failed in {what}")
+            print(f"target {written(r['target'])}: the environment failed in {printable(what)}")
     best = max(results, key=lambda r: r["return_mean"])
     print(f"best: target {written(best['target'])}, score {best['score']:.1f}")
 

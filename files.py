@@ -13,7 +13,9 @@ import math
 import os
 import pickletools
 import re
+import resource
 import shutil
+import stat
 import struct
 import subprocess
 import sys
@@ -31,9 +33,13 @@ from filelock import FileLock, Timeout
 from plumbing import UserError, printable
 
 MOST_SHRUNK = 1100  # gzip makes a file 1032 times smaller at most: one that claims more is forged
+LARGEST_ATTRIBUTE = 1 << 16  # bytes of what HDF5 keeps beside a group or an array
+LEAST_OF_A_ROW = 16  # bytes that HDF5 writes for a row of no fixed length
 LARGEST_CHUNK = 1 << 26  # bytes of a piece that HDF5 reads at once
 NAMED = {"torch._utils _rebuild_tensor_v2", "torch._utils _rebuild_parameter"}  # by torch.save
 NAMED |= {"collections OrderedDict"}
+MADE_ASIDE = r"\.[a-z0-9_]{8}"  # what tempfile puts behind a name
+LARGEST_NUMBER = 1 << 63  # whole numbers of files are smaller
 LONGEST_JSON = 1 << 28  # bytes of a JSON file that are read
 
 
@@ -91,9 +97,11 @@ def check_writable(folder, flag):
 def clear_unfinished(path):
     """Remove what a kill left of writing `path`. Nobody else may be writing it."""
     for unfinished in Path(path).parent.glob(f".{glob.escape(Path(path).name)}.*"):
+        if not re.fullmatch(MADE_ASIDE, unfinished.suffix):  # its lock, or nothing of ours
+            continue
         if unfinished.is_dir() and not unfinished.is_symlink():
             shutil.rmtree(unfinished, ignore_errors=True)
-        elif unfinished.suffix != ".lock":
+        else:
             unfinished.unlink(missing_ok=True)
 
 
@@ -139,14 +147,32 @@ def check_memory(needed, what):
         raise UserError(f"{what} would take {gib}; use a part of it, or a larger machine")
 
 
+def check_regular(path):
+    """Raises ValueError for a pipe or a device, from which one could read for ever."""
+    if not stat.S_ISREG(os.stat(path).st_mode):
+        raise ValueError("it is no ordinary file")
+
+
+def parse_json(text):
+    """What a JSON text says. Raises ValueError, also for whole numbers beyond LARGEST_NUMBER."""
+
+    def bounded(digits):
+        if len(digits) > 20 or abs(number := int(digits)) >= LARGEST_NUMBER:
+            raise ValueError("a number in it is too large")
+        return number
+
+    try:
+        return json.loads(text, parse_int=bounded)
+    except RecursionError as error:
+        raise ValueError("it is nested too deeply") from error
+
+
 def read_json(path):
     """The dictionary in a JSON file. Raises OSError, or ValueError for all that is none."""
+    check_regular(path)
     if os.path.getsize(path) > LONGEST_JSON:
         raise ValueError(f"larger than {LONGEST_JSON} bytes")
-    try:
-        content = json.loads(Path(path).read_text(encoding="utf-8"))
-    except RecursionError as error:
-        raise ValueError("nested too deeply") from error
+    content = parse_json(Path(path).read_text(encoding="utf-8"))
     if not isinstance(content, dict):
         raise ValueError("no JSON object")
     return content
@@ -158,6 +184,7 @@ def check_directory(path):
     zipfile looks for the list just before the end, PyTorch's reader where the end says it is: a
     file could show each of them another one.
     """
+    check_regular(path)
     size = os.path.getsize(path)
     with open(path, "rb") as file:
         file.seek(max(0, size - 98))
@@ -197,6 +224,7 @@ def load_tensors(path):
     """
     check_directory(path)
     size = os.path.getsize(path)
+    check_memory(2 * size, path)
     with zipfile.ZipFile(path) as archive:
         entries = archive.infolist()
         if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):
@@ -229,6 +257,8 @@ def load_tensors(path):
             if left["bytes"] < 0:
                 raise ValueError("its tensors are larger than the file")
             return part.detach().clone()  # out of the file, which may be replaced
+        if type(part) is int and abs(part) >= LARGEST_NUMBER:
+            raise ValueError("a number in it is too large")
         if part is None or type(part) in (bool, int, float, str):
             return part
         raise ValueError(f"it holds a {type(part).__name__}")
@@ -239,27 +269,53 @@ def load_tensors(path):
 def check_hdf5(path):
     """Raises UserError for an HDF5 file that points out of itself, or claims more than it can hold.
 
-    HDF5 fills what was never written when it is read: a file of a few bytes may claim terabytes.
+    HDF5 fills what was never written when it is read, and many rows may be one place of the file:
+    a file of a few bytes may claim terabytes.
     """
-    claimed, largest, size = 0, 0, os.path.getsize(path)
+    check_regular(path)
+    claimed, of_group, size = 0, {}, os.path.getsize(path)
+
+    def count(name, item):
+        """Bytes of an array. Raises ValueError for one that Minari and D4RL have not."""
+        if item.shape is None:
+            return 0
+        text, rows = h5py.check_string_dtype(item.dtype), h5py.check_vlen_dtype(item.dtype)
+        if text is None and rows is None and item.dtype.kind not in "biufc":
+            raise ValueError(f"{name} is of {item.dtype}, which is not read")
+        if rows is None or (text is not None and text.length):
+            return item.size * item.dtype.itemsize
+        if item.size * LEAST_OF_A_ROW > size:
+            raise ValueError(f"{name} has {item.size:,} rows, more than its size allows")
+        if text is None and np.dtype(rows).kind not in "biuf":
+            raise ValueError(f"{name} is of rows of {rows}, which are not read")
+        n_bytes, each = 0, 1 if text is not None else np.dtype(rows).itemsize
+        for i in np.ndindex(item.shape):
+            n_bytes += len(item[i]) * each
+            if n_bytes > MOST_SHRUNK * size:
+                break
+        return n_bytes
 
     def look(name, link):
-        nonlocal claimed, largest
+        nonlocal claimed
         if not isinstance(link, h5py.HardLink):
             return f"{name} is a link to elsewhere, which is not followed"
         item = file[name]
+        for key in item.attrs:
+            told = item.attrs.get_id(key)
+            plain = told.dtype.kind in "biufS" or (told.dtype.kind == "O" and told.shape == ())
+            if not plain or math.prod(told.shape) * told.dtype.itemsize > LARGEST_ATTRIBUTE:
+                return f"{name} has an attribute {key} that is too large, or of no plain kind"
         if isinstance(item, h5py.Dataset):
             if item.is_virtual or item.external:
                 return f"{name} is kept in other files, which are not read"
-            n_bytes = item.size * item.dtype.itemsize if item.shape is not None else 0
             if item.chunks and math.prod(item.chunks) * item.dtype.itemsize > LARGEST_CHUNK:
                 return f"{name} is in pieces of {item.chunks}, too large to be read"
-            if h5py.check_vlen_dtype(item.dtype) or h5py.check_string_dtype(item.dtype):
-                for i in np.ndindex(item.shape):  # many may be one place of the file
-                    n_bytes += len(item[i])
-                    if n_bytes > MOST_SHRUNK * size:
-                        break
-            claimed, largest = claimed + n_bytes, max(largest, n_bytes)
+            try:
+                n_bytes = count(name, item)
+            except ValueError as error:
+                return str(error)
+            group = name.partition("/")[0]  # an episode, which is read at once
+            claimed, of_group[group] = claimed + n_bytes, of_group.get(group, 0) + n_bytes
         return None
 
     with h5py.File(path, "r") as file:
@@ -268,7 +324,7 @@ def check_hdf5(path):
         raise UserError(f"{path}: {wrong}")
     if claimed > MOST_SHRUNK * size:
         raise UserError(f"{path} claims to hold {claimed:,} bytes, more than its size allows")
-    check_memory(largest, f"an episode in {path}")
+    check_memory(max(of_group.values(), default=0), f"an episode in {path}")
 
 
 def check_arrow(folder, kind, shapes):
@@ -279,7 +335,8 @@ def check_arrow(folder, kind, shapes):
     observations and actions, by these names, as spaces.shapes_of tells them.
     """
     asked = {"folder": str(folder), "format": kind, "shapes": shapes}
-    asked["limit"] = psutil.virtual_memory().available // 2
+    limit, hard = psutil.virtual_memory().available // 2, resource.getrlimit(resource.RLIMIT_AS)[1]
+    asked["limit"] = limit if hard == resource.RLIM_INFINITY else min(limit, hard)
     program = Path(__file__).with_name("check_arrow.py")
     command = [sys.executable, str(program), json.dumps(asked)]
     done = subprocess.run(command, capture_output=True, text=True, errors="replace", check=False)

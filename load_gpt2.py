@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch
 
-from files import load_tensors, read_json, write_atomically
+from files import check_memory, load_tensors, read_json, write_atomically
 from model import GPT, GPTConfig, text_loss
 from plumbing import (
     Parser,
@@ -97,6 +97,7 @@ def read_tensors(path):
     from safetensors import safe_open
 
     try:
+        check_memory(2 * path.stat().st_size, path)
         if path.suffix == ".safetensors":
             with safe_open(path, framework="pt") as file:
                 names = file.keys()
@@ -144,6 +145,10 @@ def read_config(path, tensors, metadata):
     for key, value in found.items():
         if said.get(key, value) != value:
             raise UserError(f"{path} has {key} {value}, but {source} says {said[key]}")
+    for i in range(len(layers)):  # before any of them is made
+        name = f"h.{i}.attn.c_attn.weight"
+        if name not in tensors or tensors[name].numel() != 3 * n_embd**2:
+            raise UserError(f"{path}: {name} is missing, or not of {3 * n_embd**2} numbers")
     published = {config.n_embd: config.n_head for _, config in HUB.values()}
     n_head = said.get("n_head", published.get(n_embd))
     if n_head is None:

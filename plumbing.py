@@ -215,6 +215,11 @@ def parse_flags(config, prog, description):
     return {name: value for name, value in typed.items() if value != "auto"}
 
 
+def is_number(x):
+    """Whether it is a finite number that a float can hold, and no bool."""
+    return type(x) in (int, float) and -1e300 < x < 1e300
+
+
 def check_kinds(settings, config, path):
     """Raises UserError, naming path, unless these are all the settings of a dataclass of them."""
     for field in fields(config):
@@ -323,6 +328,8 @@ def check_numbers(settings, may_be_zero):
     for name, value in settings.items():
         flag = "--" + name.replace("_", "-")
         if type(value) in (int, float):
+            if type(value) is int and value >= 2**63:
+                raise UserError(f"{flag} is {str(value)[:20]}.., but must be below 2 ** 63")
             if not math.isfinite(value) or value < 0 or (value == 0 and name not in may_be_zero):
                 least = "0 or more" if name in may_be_zero else "above 0"
                 raise UserError(f"{flag} is {value}, but must be {least}")
@@ -332,8 +339,8 @@ def check_numbers(settings, may_be_zero):
             raise UserError(f"{flag} is {value}, but must be below 1")
         if isinstance(value, list):
             for x in value:
-                if isinstance(x, float) and not math.isfinite(x):
-                    raise UserError(f"{flag} has {x} in it, but must be finite")
+                if type(x) in (int, float) and not is_number(x):
+                    raise UserError(f"{flag} has {str(x)[:20]} in it, but must be finite")
 
 
 def choose(kind, name, valid, more=""):

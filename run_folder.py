@@ -23,7 +23,7 @@ from pathlib import Path
 import torch
 
 from files import clear_unfinished, load_tensors, read_json, save_tensors, write_json
-from plumbing import UserError, check_kinds, printable
+from plumbing import UserError, check_kinds, is_number, printable
 from tasks import normalised_score
 
 RESUME, FORMAT = "resume.pt", "lamo-resume-1"  # the file --resume goes on from, and what it is
@@ -137,7 +137,11 @@ def begin_run(settings, environment, notes, data, model, base, world):
         "machine": machine_of(settings["device"]),
         "git": code_version(),
     }
-    write_json(folder / "config.json", config)
+    try:
+        write_json(folder / "config.json", config)
+    except UserError:
+        folder.rmdir()  # so that the same command can be given again
+        raise
     hold(folder)
     return folder
 
@@ -230,10 +234,10 @@ def check_evaluations(path, evaluations):
     """Raises UserError unless these are evaluations, all of the same targets."""
     try:
         for e in evaluations:
-            kinds = {type(r[name]) for r in e["results"] for name in RESULT} - {int, float}
+            sound = all(is_number(r[name]) for r in e["results"] for name in RESULT)
             alike = len(e["results"]) == len(evaluations[0]["results"]) > 0
             lists = all(type(r.get("failed", [])) is list for r in e["results"])
-            if kinds or not alike or not lists or type(e["step"]) is not int:
+            if not sound or not alike or not lists or type(e["step"]) is not int:
                 raise TypeError
     except (KeyError, TypeError, AttributeError, IndexError) as error:
         raise UserError(f"{path} is damaged: its evaluations; delete it to start anew") from error
@@ -261,9 +265,9 @@ def continue_run(path, begun, saved, data, base, world):
         hold(folder)
     length = saved["log_bytes"] if saved else 0
     log = folder / "log.jsonl"
+    if (log.stat().st_size if log.is_file() else 0) < length:
+        raise UserError(f"{log} is shorter than it was; the run cannot go on from it")
     if log.is_file():
-        if log.stat().st_size < length:
-            raise UserError(f"{log} is shorter than it was; the run cannot go on from it")
         os.truncate(log, length)
     for name in ("config.json", "ckpt.pt", "best.pt", RESUME, "result.json"):
         clear_unfinished(folder / name)
@@ -274,7 +278,7 @@ def continue_run(path, begun, saved, data, base, world):
         before = begun.get(kind, {})
         for name in [name for name in values if before.get(name) != values[name]]:
             what = f"{name} {before.get(name)} when it was begun, {values[name]} now"
-            print(f"{kind:13} {what}: it may not end with the same bits", flush=True)
+            print(f"{kind:13} {printable(what)}: it may not end with the same bits", flush=True)
     return folder
 
 

@@ -7,13 +7,14 @@ in [-1, 1] or, if they are choices, indices from 0. Leading dimensions (a batch,
 
 import json
 import math
+import re
 from functools import cache
 
 import gymnasium as gym
 import numpy as np
 import torch
 
-from plumbing import UserError
+from plumbing import UserError, printable
 
 FRAME = 84  # rows and columns of a frame (Mnih et al. 2015, doi 10.1038/nature14236)
 GREY = (299, 587, 114)  # red, green and blue in 1000 parts of luma (ITU-R BT.601)
@@ -36,7 +37,10 @@ def read_space(text):
         for value in part.values() if isinstance(part, dict) else part:
             if isinstance(value, (dict, list)):
                 check(value)
-        if isinstance(part, dict):
+        if isinstance(part, dict) and "type" in part:
+            kind = part.get("dtype", "int8")  # of any size, for numpy: "(1000000,)f8" is a number
+            if not re.fullmatch(r"u?int(8|16|32|64)|float(16|32|64)|bool", str(kind)):
+                raise UserError(f"a space of {printable(str(kind)[:40])} is not supported")
             shape = part.get("shape", [])
             n = part.get("n", 0)
             sizes = [math.prod(shape), *(n if isinstance(n, list) else [n])]

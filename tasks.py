@@ -7,6 +7,9 @@ any other Minari dataset by --dataset. What a row leaves None then comes from th
 """
 
 import importlib.util
+import math
+import site
+import sysconfig
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from inspect import signature
@@ -16,7 +19,8 @@ import gymnasium as gym
 import numpy as np
 from gymnasium.envs.registration import EnvSpec, load_env_creator
 
-from plumbing import UserError, choose, first_line, printable
+from files import parse_json
+from plumbing import UserError, choose, first_line, is_number, printable
 from spaces import action_size, check_fit, observation_shape, read_space
 
 GOAL_DISTANCE = 0.3  # below this a kitchen's sub-task is complete (gymnasium-robotics)
@@ -216,6 +220,9 @@ def task_of_dataset(name):
 TRUSTED = {"gymnasium", "gymnasium_robotics", "ale_py", "minigrid", "reacher2d"}  # to be imported
 NAMED = set()  # by the user: these may be set up with paths, too
 LARGEST_ARGUMENT = 1_000_000  # whole number that a file may set an environment up with
+MOST_SKIPPED = 1000  # frames or steps of physics within one step
+MOST_LETTERS = 10_000  # of all arguments, with the numbers of their lists
+MOST_WRAPPERS = 20  # around an environment
 LARGEST_OF_WRAPPERS = 100_000  # likewise a wrapper: some make that many copies of an observation
 PACKAGES = {  # modules of well-known environments, and what pip calls them
     "gymnasium_robotics": "gymnasium-robotics",
@@ -271,7 +278,7 @@ def find_environment(task, dataset):
     if expert is None:
         metadata = dataset.storage.metadata
         random, expert = metadata.get("ref_min_score"), metadata.get("ref_max_score")
-    if random is None or expert is None or random == expert:
+    if not (is_number(random) and is_number(expert)) or random == expert:
         random = expert = None
         note += "; no reference returns, so scores are plain returns"
     return Environment(spec, dataset.observation_space, done, random, expert), note
@@ -289,7 +296,20 @@ def check_trusted(name, entry_point):
         return
     module = entry_point.partition(":")[0]
     package = module.partition(".")[0]
-    if package not in TRUSTED and module not in TRUSTED:
+    if {package, module} & NAMED:
+        return
+    # A folder of that name, here or in a dataset, is no package that was installed.
+    found = importlib.util.find_spec(package) if package in TRUSTED else None
+    ours = [
+        sysconfig.get_path("purelib"),
+        sysconfig.get_path("platlib"),
+        site.getusersitepackages(),
+    ]
+    ours += [str(Path(__file__).parent / "reacher2d.py")]
+    if found and not (found.origin and found.origin.startswith(tuple(ours))):
+        why = f"{name} is in {package}, which is not installed, but found elsewhere"
+        raise UserError(f"{why}; if you trust it, add --env-module {module}")
+    if package not in TRUSTED:
         why = "importing it runs its code; if you trust it, add"
         raise UserError(f"{name} is in the module {module}; {why} --env-module {module}")
     if entry_point.endswith(":RecordVideo"):
@@ -299,15 +319,20 @@ def check_trusted(name, entry_point):
 def check_arguments(spec):
     """Raises UserError for arguments that a stranger's environment may not be made with.
 
-    They are numbers that would take the memory, and paths, for what they name would be read.
+    They are what would take the memory or much time, and paths, for what they name would be read.
     """
+    letters = 0
     module = str(spec.entry_point).partition(":")[0]
     named = {module, module.partition(".")[0]} & NAMED
 
     def look(value, most):
+        nonlocal letters
+        letters += len(value) if isinstance(value, dict | list | tuple | str) else 1
+        if letters > MOST_LETTERS:
+            raise UserError(f"{spec.id} is recorded with more arguments than are read")
         if isinstance(value, dict | list | tuple):
-            for part in value.values() if isinstance(value, dict) else value:
-                look(part, most)
+            for key, part in value.items() if isinstance(value, dict) else enumerate(value):
+                look(part, MOST_SKIPPED if "skip" in str(key) else most)
         elif isinstance(value, int) and abs(value) > most:
             raise UserError(f"{spec.id} is recorded with {value} among its arguments: too large")
         elif isinstance(value, str) and {"/", "\\"} & {*value} and not named:
@@ -316,6 +341,12 @@ def check_arguments(spec):
 
     look(spec.kwargs, LARGEST_ARGUMENT)
     look([wrapper.kwargs for wrapper in spec.additional_wrappers], LARGEST_OF_WRAPPERS)
+    together = 1  # each may make that many copies of what the one before it shows
+    for wrapper in spec.additional_wrappers:
+        numbers = [x for x in (wrapper.kwargs or {}).values() if isinstance(x, int) and x > 1]
+        together *= math.prod(numbers)
+    if together > LARGEST_OF_WRAPPERS or len(spec.additional_wrappers) > MOST_WRAPPERS:
+        raise UserError(f"{spec.id} is recorded with wrappers that make too much together")
 
 
 def make_env(spec, render_mode=None, **kwargs):
@@ -378,10 +409,13 @@ def pack(environment):
 def unpack(packed):
     """The Environment that `pack` made text of. Raises what JSON, gymnasium and Minari do."""
     for name in ("random", "expert"):
-        if not isinstance(packed[name], (int, float, type(None))):
+        if packed[name] is not None and not is_number(packed[name]):
             raise ValueError(f"{name} is no return")
     if (packed["random"] is None) != (packed["expert"] is None):
         raise ValueError("of the random and the expert return one is missing")
+    if packed["expert"] is not None and packed["random"] == packed["expert"]:
+        raise ValueError("the random and the expert return are the same")
+    parse_json(packed["spec"])  # for the size of its numbers
     return Environment(
         EnvSpec.from_json(packed["spec"]),
         read_space(packed["observation_space"]),

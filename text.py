@@ -162,7 +162,13 @@ def tokenise(path, encoding):
         with bar, open(path, encoding="utf-8", newline="") as text:
             while chunk := text.read(CHUNK):
                 chunk += text.readline(CHUNK)  # cut at a line's end, so that no word is cut
-                file.write(np.array(encoding.encode_ordinary(chunk), np.uint16).tobytes())
+                try:
+                    tokens = encoding.encode_ordinary(chunk)
+                except BaseException as error:  # tiktoken's pattern gives up on a million spaces
+                    if type(error).__name__ != "PanicException":
+                        raise
+                    raise UserError(f"{path} has too long a run of one kind of letter") from None
+                file.write(np.array(tokens, np.uint16).tobytes())
                 bar.update(len(chunk.encode()))
 
     def whole():

@@ -29,6 +29,7 @@ from plumbing import (
     choose,
     choose_device,
     parse_flags,
+    printable,
     run_command,
 )
 from run_folder import append_to_log, begin_run, end_run
@@ -364,8 +365,8 @@ def evaluate(typed):
     results = rollout(
         actor.to(device), environment, settings, stats, [None], episodes, progress=True
     )
-    print(f"{settings['env']}, {settings['algo']}, step {checkpoint['step']}")
-    print(f"trained on {checkpoint['chosen'].get('dataset')}")
+    print(f"{printable(settings['env'])}, {settings['algo']}, step {checkpoint['step']}")
+    print(f"trained on {printable(checkpoint['chosen'].get('dataset'))}")
     print_table(results)
 
 

@@ -37,10 +37,12 @@ from plumbing import (
     StopSignals,
     UserError,
     agree,
+    check_kinds,
     check_numbers,
     choose,
     choose_device,
     choose_dtype,
+    is_number,
     join_processes,
     leave_processes,
     parse_flags,
@@ -53,8 +55,10 @@ LR = {"mini": 1.5e-3, "distilgpt2": 6e-4, "gpt2": 6e-4, "gpt2-medium": 3e-4}  # 
 LR |= {"gpt2-large": 2.5e-4, "gpt2-xl": 2e-4}  # GPT-2's sizes by Brown et al. 2020, table 2.1
 STOP_EVERY = 10  # steps after which several processes look whether to stop
 FORMAT = "lamo-pretraining-2"  # what a .state.pt says it is
-SAVED = {"settings", "step", "model", "optimiser", "generator", "dropout", "dropout_cuda"}
-SAVED |= {"summed", "steps_summed", "texts", "log"}  # what is in it
+SAVED = {"settings": dict, "step": int, "model": dict, "optimiser": dict, "texts": dict}
+SAVED |= {"generator": torch.Tensor, "dropout": torch.Tensor, "summed": torch.Tensor}
+SAVED |= {"steps_summed": int, "log": list, "dropout_cuda": object}  # what is in it, and its kind
+ROW = {"step", "loss", "lr", "perplexity", "bits_per_byte"}  # of the log: numbers
 
 
 @dataclass
@@ -140,12 +144,22 @@ def read_state(path):
         raise UserError(f"there is no {path}; a run removes it when it is done") from error
     except Exception as error:  # torch.load has many kinds
         raise UserError(f"{path} is damaged, or not a .state.pt of pretrain's") from error
-    if not isinstance(state, dict) or state.get("format") != FORMAT or SAVED - state.keys():
+    if not isinstance(state, dict) or state.get("format") != FORMAT or SAVED.keys() - state:
         raise UserError(f"{path} is not a .state.pt of pretrain's ({FORMAT})")
-    try:
-        Config(**state["settings"])
-    except TypeError as error:
-        raise UserError(f"{path} is another version's: its settings are not today's") from error
+    rows = state["log"] if isinstance(state["log"], list) else [None]
+    sound = all(isinstance(state[name], kind) for name, kind in SAVED.items())
+    sound = sound and all(isinstance(row, dict) and row.keys() == ROW for row in rows)
+    if not sound or not all(is_number(x) for row in rows for x in row.values()):
+        raise UserError(f"{path} is damaged: what is in it is of other kinds")
+    settings = state["settings"]
+    if settings.keys() != asdict(Config()).keys():
+        raise UserError(f"{path} is another version's: its settings are not today's")
+    check_kinds(settings, Config, path)
+    # Beside the state, wherever it says: a stranger's would write where it likes.
+    settings["out"] = str(Path(path).absolute()).removesuffix(".state.pt") + ".safetensors"
+    state["settings"] = resolve(settings)
+    if not 0 <= state["step"] <= settings["steps"] or state["steps_summed"] < 0:
+        raise UserError(f"{path} is damaged: its step")
     return state
 
 

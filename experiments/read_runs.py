@@ -13,14 +13,15 @@ from pathlib import Path
 
 import numpy as np
 
-from files import read_json
-from plumbing import UserError
+from files import parse_json, read_json
+from plumbing import UserError, is_number
 from run_folder import final_result
 
 # settings that may differ between runs whose mean is taken
 FREE = ("seed", "device", "compile", "log_every", "out", "name", "resume", "tensorboard", "wandb")
 FREE += ("deterministic", "env_module", "skip_bad_steps")
 PLACE = ("env", "method", "algo", "ratio", "mode", "dataset", "quality")  # what a table shows
+MOST_EVALUATIONS = 100_000  # of a run
 NOT_RUNS = ("logs", "submitit")  # sweep.py's own folders beside the runs
 
 
@@ -65,8 +66,9 @@ def read_log(path, remarks):
     rows, damaged = [], []
     for number, line in enumerate(path.read_text(errors="replace").splitlines(), 1):
         try:
-            row = json.loads(line)
-            row["step"] = int(row["step"])
+            row = parse_json(line)
+            if not is_number(row["step"]):
+                raise ValueError
             rows.append(row)
         except (ValueError, KeyError, TypeError):
             damaged.append(str(number))
@@ -82,15 +84,20 @@ def read_run(folder, remarks):
         config = read_json(folder / "config.json")
         settings, steps = config["settings"], config["settings"]["steps"]
         every = settings["eval_every"]
-        lm = config["base"]["lm"] if config["base"] else "none"
+        lm = words(config["base"]["lm"]) if config["base"] else "none"
         if settings.get("pretrained"):  # random weights differ with the seed, as they should
             settings["weights"] = config["base"]["sha256"]
-        dataset = re.split(r",| in ", config["chosen"]["dataset"])[0].removeprefix("the bundled ")
+        dataset = re.split(r",| in ", words(config["chosen"]["dataset"]))[0]
         plain = "plain returns" in config["chosen"]["environment"]
         run = dict(
             folder=folder,
-            row=(settings["env"], settings["ratio"], settings["mode"], dataset),
-            method=settings.get("algo") or settings["method"],
+            row=(
+                words(settings["env"]),
+                settings["ratio"],
+                words(settings["mode"]),
+                dataset.removeprefix("the bundled "),
+            ),
+            method=words(settings.get("algo") or settings["method"]),
             seed=settings["seed"],
             settings={k: v for k, v in settings.items() if k not in FREE + PLACE},
             data_score=config["data"]["score"],
@@ -98,10 +105,13 @@ def read_run(folder, remarks):
             lm=lm,
             steps=steps,
         )
+        numbers = [settings["ratio"], run["seed"], run["data_score"], steps, every]
+        if not all(map(is_number, numbers)) or not 0 <= steps / every < MOST_EVALUATIONS:
+            raise ValueError
         expected = {*range(every, steps + 1, every), steps}
     except OSError as error:
         raise UserError(f"{folder}: no run, for it has no config.json") from error
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, ZeroDivisionError) as error:
         raise UserError(f"{folder}: config.json is not of this project, or damaged") from error
     if not (folder / "log.jsonl").is_file():
         raise UserError(f"{folder}: left out, for it has no log.jsonl")
@@ -124,11 +134,13 @@ def read_run(folder, remarks):
         best = [t["target"] for t in result["targets"]].index(result["target"])
         curve = [(e["step"], e["results"][best]["score"]) for e in evaluations]
         language = [(r["step"], r["lm_loss"]) for r in log if r.get("lm_loss") is not None]
-        written = read_json(folder / "result.json")["score"]
+        said = read_json(folder / "result.json")["score"]
+        if not is_number(said) or not all(is_number(loss) for _, loss in language):
+            raise ValueError
     except (ValueError, KeyError, TypeError, IndexError) as error:
         raise UserError(f"{folder}: left out, for its log or result is damaged") from error
-    if not math.isclose(written, result["score"], abs_tol=1e-6):
-        what = f"result.json says {written:.2f}, its log {result['score']:.2f}, which counts"
+    if not math.isclose(said, result["score"], abs_tol=1e-6):
+        what = f"result.json says {said:.2f}, its log {result['score']:.2f}, which counts"
         remarks.append(f"{folder}: {what}")
     return Run(
         **run,
@@ -139,8 +151,15 @@ def read_run(folder, remarks):
     )
 
 
-def is_number(x):
-    return isinstance(x, int | float) and math.isfinite(x)
+def words(text):
+    """A name as tables, file names and figures can show it. Raises TypeError unless it is text.
+
+    A run may be a stranger's: what a terminal, Markdown, a spreadsheet or matplotlib would take for
+    more than letters becomes a question mark.
+    """
+    if not isinstance(text, str):
+        raise TypeError
+    return re.sub(r"[^\w ./:~()+,-]|^[+-]", "?", text)
 
 
 def read_runs(folders):
@@ -186,11 +205,11 @@ def name_runs(runs):
 def written(name, value):
     """A setting as a column's name has it."""
     if name == "lm":
-        return Path(value).stem
+        return words(Path(str(value)).stem)
     if name == "weights":
-        return f"weights {value[:8]}"
+        return words(f"weights {str(value)[:8]}")
     value = " ".join(map(str, value)) if isinstance(value, list) else value
-    return f"{name} {value}"
+    return words(f"{name} {value}")
 
 
 def make_cells(runs, remarks):

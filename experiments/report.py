@@ -16,9 +16,9 @@ from pathlib import Path
 
 import numpy as np
 
-from experiments.read_runs import make_cells, read_runs, rows_of, title
+from experiments.read_runs import make_cells, read_runs, rows_of, title, words
 from files import check_writable, write_atomically
-from plumbing import Parser, UserError, run_command
+from plumbing import Parser, UserError, printable, run_command
 
 RESAMPLES = 10_000  # bootstrap samples of an interval
 CONFIDENCE = 0.95  # of the intervals
@@ -271,7 +271,7 @@ def report_text(cells, remarks, aggregates, drawn, paper, command):
         "",
     ]
     if remarks:
-        text += ["Missing or odd:", "", *[f"- {remark}" for remark in remarks], ""]
+        text += ["Missing or odd:", "", *[f"- {words(remark)}" for remark in remarks], ""]
     if compared:
         text += ["## Methods", "", *table(cells, compared, paper), *made_by]
     if others:
@@ -302,11 +302,11 @@ def main():
     runs, remarks = read_runs(arguments.runs)
     if not runs:
         for remark in remarks:
-            print(remark)
+            print(printable(remark))
         raise UserError(f"no finished run in {', '.join(arguments.runs)}")
     cells = make_cells(runs, remarks)
     for remark in remarks:
-        print(remark)
+        print(printable(remark))
     aggregates, paper = aggregate(cells), read_paper()
     out.mkdir(parents=True, exist_ok=True)
     drawn = {} if arguments.no_figures else draw_all(out, cells, aggregates)

@@ -12,7 +12,6 @@ at the end with their output's last lines, while the others go on.
 """
 
 import fcntl
-import json
 import os
 import shlex
 import shutil
@@ -30,8 +29,8 @@ from tqdm import tqdm
 
 import settings
 from experiments import baselines
-from files import check_writable, write_json
-from plumbing import Parser, StopSignals, UserError, choose, run_command
+from files import check_writable, parse_json, read_json, write_json
+from plumbing import Parser, StopSignals, UserError, choose, printable, run_command
 from tasks import find_task
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -147,24 +146,23 @@ def last_lines(run, out, n=3):
     log = Path(out) / "logs" / f"{name_of(run)}.txt"
     text = log.read_text(errors="replace") if log.is_file() else ""
     lines = [line for line in text.replace("\r", "\n").splitlines() if line.strip()]
-    return [line for line in lines if "it/s" not in line and "s/it" not in line][-n:]
+    return [printable(line) for line in lines if "it/s" not in line and "s/it" not in line][-n:]
 
 
 def progress_of(run, out):
     """(steps done, steps in all, seconds a step) by a run's own files; zeros if it has none yet."""
     folder = Path(out) / name_of(run)
     try:
-        steps = json.loads((folder / "config.json").read_text())["settings"]["steps"]
+        steps = int(read_json(folder / "config.json")["settings"]["steps"])
         rows = (folder / "log.jsonl").read_text().splitlines()
-    except (OSError, ValueError, KeyError):
+    except (OSError, ValueError, KeyError, TypeError):
         return 0, 0, 0.0
     for line in reversed(rows):
         try:
-            row = json.loads(line)
-        except ValueError:  # it is being written
-            continue
-        if "seconds" in row:
-            return row["step"], steps, row["seconds"] / row["step"]
+            row = parse_json(line)
+            return int(row["step"]), steps, float(row["seconds"]) / int(row["step"])
+        except (ValueError, KeyError, TypeError, ZeroDivisionError):
+            continue  # it is being written, or of an evaluation
     return 0, steps, 0.0
 
 
@@ -177,7 +175,10 @@ def seconds_a_step(run, out, flags, threads):
     Returns None, and says why, where such a run fails: so would the real one.
     """
     kept = Path(out) / "probes.json"
-    known = json.loads(kept.read_text()) if kept.is_file() else {}
+    try:
+        known = read_json(kept) if kept.is_file() else {}
+    except ValueError:
+        known = {}  # damaged: they are measured again
     key = f"{run['env']} {run['method']} {run['lm']} {' '.join(flags)} {threads} threads"
     if key not in known:
         with tempfile.TemporaryDirectory() as aside:

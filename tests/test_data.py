@@ -404,7 +404,7 @@ def test_a_download_is_whole_or_absent(tmp_path, monkeypatch):
     partial = local / "test" / "set-v0" / "data"  # what an older interrupted download left
     partial.mkdir(parents=True)
     (partial / "metadata.json").write_text("{}")
-    killed = local / "test" / ".set-v0.abcd" / "test"  # what a killed one left
+    killed = local / "test" / ".set-v0.abcd1234" / "test"  # what a killed one left
     killed.mkdir(parents=True)
     (killed / "main_data.hdf5").write_bytes(b"a part")
     monkeypatch.setattr(minari, "download_dataset", lambda name: download(name, whole=True))

@@ -425,7 +425,7 @@ def test_two_recordings_leave_one_dataset(tmp_path):
     words = ["-m", "experiments.collect", "--env", "reacher2d", "--random", "--steps", "300"]
     environment = os.environ | {"MINARI_DATASETS_PATH": str(tmp_path)}
     pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    left = tmp_path / "lamo" / "reacher2d" / ".random-v0.abcd"  # by one that was killed
+    left = tmp_path / "lamo" / "reacher2d" / ".random-v0.abcd1234"  # by one that was killed
     left.mkdir(parents=True)
     (left / "main_data.hdf5").write_bytes(b"a part")
     both = [

@@ -193,12 +193,12 @@ def test_a_stopped_pretraining_goes_on(tmp_path):
     out, errors = process.communicate()
     assert process.returncode == 128 + signal.SIGINT, errors
     assert f"--resume {tmp_path}/cut.state.pt".encode() in out
-    (tmp_path / ".cut.state.pt.abcd").write_bytes(b"a part")  # as a kill leaves it
+    (tmp_path / ".cut.state.pt.abcd1234").write_bytes(b"a part")  # as a kill leaves it
     again = start(f"-m experiments.pretrain --resume {tmp_path}/cut.state.pt")
     out, errors = again.communicate()
     assert again.returncode == 0, errors
     assert (tmp_path / "cut.jsonl").read_text() == (tmp_path / "whole.jsonl").read_text()
-    assert not (tmp_path / ".cut.state.pt.abcd").exists()
+    assert not (tmp_path / ".cut.state.pt.abcd1234").exists()
     cut, expected = (load_file(tmp_path / f"{name}.safetensors") for name in ("cut", "whole"))
     assert all(torch.equal(cut[name], tensor) for name, tensor in expected.items())
 
