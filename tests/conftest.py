@@ -1,6 +1,7 @@
 """Fixtures: files that may be absent, and where the tests keep theirs."""
 
 import os
+import sys
 import tempfile
 from pathlib import Path
 
@@ -59,3 +60,16 @@ def shared():
         return SHARED / name
 
     return find
+
+
+@pytest.fixture(scope="session")
+def sound(tmp_path_factory):
+    """The folder that fuzz.make_sound fills."""
+    from fuzz import make_sound
+
+    folder = tmp_path_factory.mktemp("sound")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MINARI_DATASETS_PATH", str(folder / "minari"))
+        patch.setattr(sys, "argv", sys.argv)
+        make_sound(folder)
+    return folder

@@ -13,7 +13,6 @@ import gymnasium as gym
 import h5py
 import pytest
 import torch
-from fuzz import make_sound
 
 import tasks
 import train
@@ -28,17 +27,6 @@ from run_folder import read_run
 from tasks import Task, find_environment
 
 ROOT = Path(__file__).resolve().parent.parent
-
-
-@pytest.fixture(scope="module")
-def sound(tmp_path_factory):
-    """The folder that fuzz.make_sound fills."""
-    folder = tmp_path_factory.mktemp("sound")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("MINARI_DATASETS_PATH", str(folder / "minari"))
-        patch.setattr(sys, "argv", sys.argv)
-        make_sound(folder)
-    return folder
 
 
 # --- datasets ------------------------------------------------------------------------------------

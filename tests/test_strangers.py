@@ -17,7 +17,6 @@ import h5py
 import numpy as np
 import pytest
 import torch
-from fuzz import make_sound
 from gymnasium.envs.registration import EnvSpec, WrapperSpec
 from safetensors.torch import load_file, save_file
 
@@ -33,17 +32,6 @@ from spaces import read_space
 from tasks import Task, make_env
 
 ROOT = Path(__file__).resolve().parent.parent
-
-
-@pytest.fixture(scope="module")
-def sound(tmp_path_factory):
-    """The folder that fuzz.make_sound fills."""
-    folder = tmp_path_factory.mktemp("sound")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("MINARI_DATASETS_PATH", str(folder / "minari"))
-        patch.setattr(sys, "argv", sys.argv)
-        make_sound(folder)
-    return folder
 
 
 # --- code, and files elsewhere -------------------------------------------------------------------
