@@ -197,10 +197,12 @@ def rollout(
                 tokens.append(model.observe(to_go[:, None, None], obs, timestep)[:, 0])
                 context = torch.cat(tuple(tokens)[1 - 2 * K :], dim=1)  # (n, up to 3K - 1, C)
                 predicted = model.act(context[rows]).float()
+            if choice:
+                predicted = predicted.softmax(-1)
             if not predicted.isfinite().all():
                 raise UserError(f"the model's actions are not finite at step {t} of an episode")
             if choice:
-                predicted = torch.multinomial(predicted.softmax(-1), 1, generator=draws)[:, 0]
+                predicted = torch.multinomial(predicted, 1, generator=draws)[:, 0]
             actions[alive] = decode_actions(action_space, predicted.cpu().numpy())
             encoded = torch.as_tensor(encode_actions(action_space, actions), device=device)
             with autocast:

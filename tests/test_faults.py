@@ -148,6 +148,9 @@ def test_whatever_write_fails_the_run_goes_on_from_there(kind, tmp_path, faults,
             assert re.match(
                 rf"cannot write {folder}/[a-z.]+: (No space|Input/output)", str(error.value)
             )
+        if at == 1 and not crashed:  # config.json: the same command can be given again
+            assert not folder.exists()
+            continue
         left = [path for path in folder.iterdir() if path.name.startswith(".")]
         assert len(left) == crashed  # what a crash leaves aside, no reader takes for the file
         check_what_is_there(folder)
