@@ -65,16 +65,7 @@ def find_dataset(env, task, ratio, name="auto", quality="medium"):
     record = f"python -m experiments.collect --env {env} --steps {task.full}"
 
     def taken(folder, note):
-        share = 1.0
-        if (folder / "about.json").is_file():
-            try:
-                share = float(read_json(folder / "about.json").get("share", 1.0))
-            except (OSError, ValueError, TypeError) as error:
-                raise UserError(f"{folder / 'about.json'} does not tell a share") from error
-            if not 0 < share <= 1:
-                raise UserError(
-                    f"{folder / 'about.json'} tells a share of {share:g}, not in (0, 1]"
-                )
+        share = share_of(folder)
         if ratio > share:
             full = f", or record a full one: {record}" if task.recorded else ""
             if folder == local / str(task.recorded):
@@ -107,9 +98,13 @@ def find_dataset(env, task, ratio, name="auto", quality="medium"):
             return taken(folder, f"{wanted}, downloaded to {shown}")
     else:
         why = f"{wanted} is not in {shown} and there is no network"
-    if not asked and ours and task.recorded and is_dataset(local / task.recorded):
+    bundled = not asked and ours and task.bundled and is_dataset(BUNDLED / task.bundled)
+    recorded = not asked and ours and task.recorded and is_dataset(local / task.recorded)
+    if bundled and recorded and share_of(local / task.recorded) < ratio:
+        recorded = share_of(BUNDLED / task.bundled) < ratio  # then the error says what to record
+    if recorded:
         return taken(local / task.recorded, f"{task.recorded} in {shown}, since {why}")
-    if not asked and ours and task.bundled and is_dataset(BUNDLED / task.bundled):
+    if bundled:
         return taken(BUNDLED / task.bundled, f"the bundled {task.bundled}, since {why}")
     if ours_alone:
         how = MADE_HERE[wanted.partition("/")[0]]
@@ -124,6 +119,19 @@ def is_dataset(folder):
     """Whether a folder holds a Minari dataset whole: its metadata and something it describes."""
     data = folder / "data"
     return (data / "metadata.json").is_file() and len(list(data.iterdir())) > 1
+
+
+def share_of(folder):
+    """The share of a full dataset that a folder holds, in (0, 1]. Raises UserError if it is odd."""
+    if not (folder / "about.json").is_file():
+        return 1.0
+    try:
+        share = float(read_json(folder / "about.json").get("share", 1.0))
+    except (OSError, ValueError, TypeError) as error:
+        raise UserError(f"{folder / 'about.json'} does not tell a share") from error
+    if not 0 < share <= 1:
+        raise UserError(f"{folder / 'about.json'} tells a share of {share:g}, not in (0, 1]")
+    return share
 
 
 def check_no_part(path):

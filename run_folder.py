@@ -183,14 +183,14 @@ def read_run(path, typed, config):
         raise UserError(f"{folder} is finished; its score is in {folder / 'result.json'}")
     try:
         begun = read_json(folder / "config.json")
+        if "algo" in begun["settings"]:
+            raise UserError(f"{folder} is a baseline's run, which cannot go on; begin it anew")
         begun["data"]["sha256"], begun["base"]["sha256"], begun["base"]["lm"], begun["processes"]
         if not all(isinstance(line, str) for line in begun["chosen"].values()):
             raise TypeError
         parts = [begun["settings"], *(begun.get(name, {}) for name in RECORDED)]
         if not all(isinstance(part, dict) for part in parts):
             raise TypeError
-        if "algo" in begun["settings"]:
-            raise UserError(f"{folder} is a baseline's run, which cannot go on; begin it anew")
     except OSError as error:
         raise UserError(f"{folder} is no run's folder: it has no config.json") from error
     except (ValueError, KeyError, TypeError, AttributeError) as error:

@@ -285,7 +285,19 @@ def find_environment(task, dataset):
 
 
 def trust(module):
-    """Let environments of a module be made, for the user names it: --env-module."""
+    """Let environments of a module be made, for the user names it: --env-module; or none.
+
+    Raises UserError where there is no such module.
+    """
+    if not module:
+        return
+    try:
+        found = importlib.util.find_spec(module)
+    except (ImportError, ValueError):
+        found = None
+    if found is None:
+        why = "install it, or put its folder on PYTHONPATH"
+        raise UserError(f"--env-module {module}: there is no such module; {why}")
     TRUSTED.add(module)
     NAMED.add(module)
 

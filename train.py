@@ -22,7 +22,7 @@ from tqdm import tqdm
 from checkpoint import FORMAT, build_model, check_finite, load_trained, trained_state
 from data import find_dataset, load_trajectories
 from evaluate import rollout
-from files import save_tensors
+from files import check_memory, save_tensors
 from lora import round_frozen
 from model import Objective
 from plumbing import (
@@ -139,6 +139,9 @@ def prepare(settings, task, notes, device):
     )
     complete(settings, notes, data, environment)
     model, base = build_model(settings, environment)
+    if device.type == "cpu":  # attention is written out there, see model.py
+        pairs = settings["batch"] * model.gpt.config.n_head * (3 * settings["context"]) ** 2
+        check_memory(4 * pairs, f"--context {settings['context']} with --batch {settings['batch']}")
     if settings["dtype"] == "bf16" and settings["train"] != "all":
         round_frozen(model)
     base["text"] = None

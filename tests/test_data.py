@@ -3,6 +3,7 @@
 import itertools
 import json
 import os
+import shutil
 from pathlib import Path
 
 import gymnasium as gym
@@ -18,6 +19,7 @@ from scipy.stats import chisquare
 
 import data
 from data import (
+    BUNDLED,
     find_dataset,
     load_trajectories,
     read_dataset,
@@ -381,6 +383,18 @@ def test_a_recorded_set_is_preferred_to_the_bundled_one(tmp_path, monkeypatch):
         assert dataset.spec.dataset_id == name  # and the task's own before the recorded one
         assert share == 1.0
         assert name in note
+
+
+def test_a_short_recording_does_not_stand_before_the_bundled_set(tmp_path, monkeypatch):
+    monkeypatch.setenv("MINARI_DATASETS_PATH", str(tmp_path))
+    recorded = tmp_path / HOPPER.recorded
+    shutil.copytree(BUNDLED / HOPPER.bundled, recorded)
+    (recorded / "about.json").write_text('{"share": 0.005}')
+    for ratio, expected in ((0.005, HOPPER.recorded), (0.01, HOPPER.bundled)):
+        _, _, note = find_dataset("hopper", HOPPER, ratio)
+        assert expected in note.split(", since")[0]
+    with pytest.raises(UserError, match=r"asks for more than the 0.005 .* record a full one"):
+        find_dataset("hopper", HOPPER, 0.02)
 
 
 def test_a_download_is_whole_or_absent(tmp_path, monkeypatch):

@@ -82,6 +82,8 @@ BAD_TRAIN_FLAGS = {
     "--dataset short.txt": "short.txt is a file; give the dataset's folder",
     "--dataset .": "is no whole Minari dataset: it lacks data/metadata.json",
     "--env CartPole-v1": "anything else is found from its data: --dataset instead of --env",
+    "--context 500000": "--context 500000 with --batch 64 would take",
+    "--env-module no_such": "--env-module no_such: there is no such module",
     "--cooldown 1.5": "--cooldown is 1.5, but is a share: at most 1",
     "--steps 0": "--steps is 0, but must be above 0",
     "--steps many": "invalid int value: 'many'",

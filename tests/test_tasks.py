@@ -314,9 +314,9 @@ class Room(gym.Env):
     assert not marker.exists()
     tasks.trust("rooms_of_mine")
     assert make_env(spec).unwrapped.action_space.n == 2
-    tasks.trust("no_such_module")
-    with pytest.raises(UserError, match="needs the module no_such_module: install what it is in"):
-        make_env(EnvSpec("Room-v0", "no_such_module:Room"))
+    for wrong in ("no_such_module", "no_such_module.inside", "rooms_of_mine.inside"):
+        with pytest.raises(UserError, match="there is no such module; install it"):
+            tasks.trust(wrong)
 
 
 # --- kitchen and Atari ---------------------------------------------------------------------------
