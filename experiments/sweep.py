@@ -21,7 +21,7 @@ import tempfile
 import threading
 import time
 from contextlib import contextmanager
-from itertools import product
+from itertools import pairwise, product
 from pathlib import Path
 
 import torch
@@ -30,7 +30,7 @@ from tqdm import tqdm
 import settings
 from experiments import baselines
 from files import check_writable, parse_json, read_json, write_json
-from plumbing import Parser, StopSignals, UserError, choose, printable, run_command
+from plumbing import Parser, StopSignals, UserError, choose, is_number, printable, run_command
 from tasks import find_task
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -207,14 +207,36 @@ def steps_of(run, flags):
     return (presets.PAPER if torch.cuda.is_available() else presets.SHORT)["steps"]
 
 
+def check_flags(runs, out, flags):
+    """Raises UserError where a run that is there has another value of a flag that is given now."""
+    typed = {
+        name: value for name, value in pairwise(flags) if name[:2] == "--" and value[:2] != "--"
+    }
+    for run in runs:
+        try:
+            had = read_json(Path(out) / name_of(run) / "config.json")["settings"]
+            for name, value in typed.items():
+                before = had.get(name[2:].replace("-", "_"), value)
+                if isinstance(before, list) or str(before) == value:
+                    continue
+                if not is_number(before) or float(value) != before:
+                    why = f"was begun with {name} {before}, not {value}"
+                    raise UserError(f"{name_of(run)} {why}; give another --out")
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+            continue  # none yet, or none of ours: that is told elsewhere
+
+
 def estimate(runs, out, flags, workers, threads):
     """Print the runs and, from measured step times, how long they will take together."""
-    total = 0.0
+    total = failing = 0.0
+    if runs:
+        print(f"measuring {PROBE_STEPS} steps of each kind of run that is new", flush=True)
     for run in runs:
         folder = Path(out) / name_of(run)
         done, steps, seconds = progress_of(run, out)
         if not seconds:
             seconds = seconds_a_step(run, out, flags, threads)
+            failing += seconds is None
             steps = steps or steps_of(run, flags)
         left = (steps - done) * (seconds or 0.0)
         total += left
@@ -222,7 +244,8 @@ def estimate(runs, out, flags, workers, threads):
             f"{state_of(folder):12} {name_of(run):45} {steps - done:7} steps {left / 60:6.1f} min"
         )
     hours = total / workers / 3600
-    print(f"{len(runs)} runs, {workers} at a time: about {hours:.1f} h without evaluations")
+    fails = f"; {failing:.0f} of them will fail" if failing else ""
+    print(f"{len(runs)} runs, {workers} at a time: about {hours:.1f} h without evaluations{fails}")
 
 
 # --- running them --------------------------------------------------------------------------------
@@ -358,6 +381,7 @@ def held(out):
 
 def sweep(runs, out, flags, arguments):
     """List runs, carry out those that are not finished, and say how they went."""
+    check_flags(runs, out, flags)
     finished = [run for run in runs if state_of(Path(out) / name_of(run)) == "finished"]
     runs = [run for run in runs if run not in finished]
     print(f"{len(finished)} runs are finished already")

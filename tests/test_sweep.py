@@ -52,6 +52,9 @@ def test_finished_runs_are_skipped_interrupted_ones_resumed_failed_ones_told(
     first = tmp_path / "hopper-dt-0.01-s0"
     assert state_of(first) == "finished"
     assert progress_of(grid(["hopper"], ("dt",), (0.01,), (0,))[0], tmp_path)[:2] == (6, 6)
+    other = ["--flags", SHORT.replace("--steps 6", "--steps 8"), *flags[2:], "--method", "dt"]
+    with pytest.raises(UserError, match="was begun with --steps 6, not 8; give another --out"):
+        command(monkeypatch, *other)
     began = (first / "config.json").stat().st_mtime_ns
     # an interrupted run: what a killed one leaves, its config and nothing it can go on from
     cut = tmp_path / "hopper-lamo-freeze-0.01-s0"
@@ -61,7 +64,7 @@ def test_finished_runs_are_skipped_interrupted_ones_resumed_failed_ones_told(
     assert state_of(cut) == "interrupted"
     capsys.readouterr()
     # baselines learn no text, so the flag below is one that bc does not have
-    bad = ["--method", "dt,lamo-freeze,bc", "--flags", SHORT + " --lm-length 64"]
+    bad = ["--method", "dt,lamo-freeze,bc", "--flags", SHORT + " --lm-length 256"]
     with pytest.raises(SystemExit) as ended:
         command(monkeypatch, "--out", tmp_path, "--threads", 1, *HOPPER, *bad)
     assert ended.value.code == 1
