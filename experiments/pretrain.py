@@ -48,6 +48,7 @@ from plumbing import (
     parse_flags,
     run_command,
 )
+from run_folder import load_optimiser
 from text import check_text, get_encoding, sample_text, tokenise
 
 SIZES = {"mini": MINI_CONFIG} | {name: config for name, (_, config) in HUB.items()}
@@ -58,6 +59,7 @@ FORMAT = "lamo-pretraining-2"  # what a .state.pt says it is
 SAVED = {"settings": dict, "step": int, "model": dict, "optimiser": dict, "texts": dict}
 SAVED |= {"generator": torch.Tensor, "dropout": torch.Tensor, "summed": torch.Tensor}
 SAVED |= {"steps_summed": int, "log": list, "dropout_cuda": object}  # what is in it, and its kind
+LARGEST = 1e15  # of the log's numbers
 ROW = {"step", "loss", "lr", "perplexity", "bits_per_byte"}  # of the log: numbers
 
 
@@ -149,7 +151,7 @@ def read_state(path):
     rows = state["log"] if isinstance(state["log"], list) else [None]
     sound = all(isinstance(state[name], kind) for name, kind in SAVED.items())
     sound = sound and all(isinstance(row, dict) and row.keys() == ROW for row in rows)
-    if not sound or not all(is_number(x) for row in rows for x in row.values()):
+    if not sound or not all(is_number(x) and x < LARGEST for row in rows for x in row.values()):
         raise UserError(f"{path} is damaged: what is in it is of other kinds")
     settings = state["settings"]
     if settings.keys() != asdict(Config()).keys():
@@ -180,7 +182,7 @@ def plot(log, path):
     figure = Figure(figsize=(5, 3.4), layout="constrained")
     axis = figure.subplots()
     steps = [row["step"] for row in log]
-    learnt = [math.exp(row["loss"]) for row in log]
+    learnt = [math.exp(min(row["loss"], 100)) for row in log]
     axis.plot(steps, learnt, "o-", color="#999999", markersize=3, label="text that is learnt")
     heldout = [row["perplexity"] for row in log]
     axis.plot(steps, heldout, "o-", color="#0072B2", markersize=4, label="held-out text")
@@ -247,13 +249,13 @@ def main():
     if state:  # nothing but the blocks and dropout is random
         try:
             gpt.load_state_dict(state["model"])
-            optimiser.load_state_dict(state["optimiser"])
+            load_optimiser(optimiser, state["optimiser"])
             generator.set_state(state["generator"])
             summed, steps_summed = state["summed"].to(device), state["steps_summed"]
             torch.set_rng_state(state["dropout"])
             if device.type == "cuda" and state["dropout_cuda"] is not None:
                 torch.cuda.set_rng_state(state["dropout_cuda"], device)
-        except (KeyError, TypeError, ValueError, RuntimeError) as error:
+        except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
             raise UserError(f"{path} does not fit its own settings; it is damaged") from error
         log, done = state["log"], state["step"]
     if rank > 0:

@@ -30,7 +30,7 @@ from text import get_encoding, tokenise
 ROOT = Path(__file__).resolve().parent.parent
 CONTENT = {"a": torch.arange(10.0), "b": {"c": [1, 2.5, None, "text", True], 3: (4, 5)}}
 
-leaves = st.none() | st.booleans() | st.integers(-(2**70), 2**70) | st.text(max_size=5)
+leaves = st.none() | st.booleans() | st.integers(1 - 2**63, 2**63 - 1) | st.text(max_size=5)
 leaves |= st.floats(allow_nan=False)
 trees = st.recursive(
     leaves, lambda t: st.lists(t, max_size=3) | st.dictionaries(st.text(max_size=3), t, max_size=3)

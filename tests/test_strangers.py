@@ -80,7 +80,7 @@ def state_of_pretrain(folder):
     return load_tensors(folder / "x.state.pt")
 
 
-def test_pretraining_goes_on_beside_its_state_and_nowhere_else(tmp_path):
+def test_pretraining_goes_on_beside_its_state_and_nowhere_else(tmp_path, monkeypatch):
     state = state_of_pretrain(tmp_path)
     state["settings"]["out"] = str(tmp_path / "home" / ".bashrc")
     torch.save(state, tmp_path / "x.state.pt")
@@ -92,10 +92,16 @@ def test_pretraining_goes_on_beside_its_state_and_nowhere_else(tmp_path):
         torch.save(wrong, tmp_path / "x.state.pt")
         with pytest.raises(UserError):
             pretrain.read_state(tmp_path / "x.state.pt")
-    for part in ({"step": "x"}, {"log": 5}, {"log": [{"step": 1}]}, {"step": 99}):
+    large = [row | {"loss": 1e300} for row in state["log"]]
+    for part in ({"step": "x"}, {"log": 5}, {"log": [{"step": 1}]}, {"log": large}, {"step": 99}):
         torch.save(state | part, tmp_path / "x.state.pt")
         with pytest.raises(UserError):
             pretrain.read_state(tmp_path / "x.state.pt")
+    torch.save(state | {"optimiser": state["optimiser"] | {"state": "x"}}, tmp_path / "x.state.pt")
+    monkeypatch.setattr(sys, "argv", ["pretrain", "--resume", str(tmp_path / "x.state.pt")])
+    with pytest.raises(SystemExit) as ended:
+        run_command(pretrain.main)
+    assert ended.value.code == 2
 
 
 # --- numbers, and what they ask for --------------------------------------------------------------
