@@ -384,7 +384,8 @@ def test_settings_that_make_no_sense_are_refused_on_resuming(sound, tmp_path, mo
     [
         ("--max-ep-len 1000000000000", "--max-ep-len 1000000000000 would take"),
         ("--lora-rank 1000000000000", "--lora-rank 1000000000000 would take"),
-        ("--batch 1000000000000", "not enough memory"),
+        ("--batch 1000000000000", "--context 20 with --batch 1000000000000 would take"),
+        ("--lm-batch 1000000000000", "not enough memory"),
         ("--corpus " + "x" * 5000, "xxx: File name too long"),
     ],
 )
