@@ -105,6 +105,7 @@ def is_finite(observation):
 
 def make_vector_env(environment, n, render_mode=None):
     """n environments stepped together; an ended one starts anew by itself at its next step."""
+    make_env(environment.spec, render_mode=render_mode).close()  # its libraries are loaded once
     before = psutil.Process().memory_info().rss
     first = Guard(make_env(environment.spec, render_mode=render_mode))
     grown = psutil.Process().memory_info().rss - before
