@@ -104,14 +104,19 @@ def is_finite(observation):
 
 
 def make_vector_env(environment, n, render_mode=None):
-    """n environments stepped together; an ended one starts anew by itself at its next step."""
-    make_env(environment.spec, render_mode=render_mode).close()  # its libraries are loaded once
+    """n environments stepped together; an ended one starts anew by itself at its next step.
+
+    Raises UserError if they would not fit into memory, by what those made so far have taken.
+    """
+    made = [Guard(make_env(environment.spec, render_mode=render_mode))]  # loads its libraries too
     before = psutil.Process().memory_info().rss
-    first = Guard(make_env(environment.spec, render_mode=render_mode))
-    grown = psutil.Process().memory_info().rss - before
-    check_memory((n - 1) * grown, f"{n} times {environment.spec.id}")
-    others = [lambda: Guard(make_env(environment.spec, render_mode=render_mode))] * (n - 1)
-    envs = gym.vector.SyncVectorEnv([lambda: first, *others])
+    while len(made) < n:
+        made.append(Guard(make_env(environment.spec, render_mode=render_mode)))
+        more = len(made) - 1
+        if more & (more - 1) == 0:  # 1, 2, 4, ...: one alone may lie in memory freed before
+            grown = psutil.Process().memory_info().rss - before
+            check_memory((n - len(made)) * grown // more, f"{n} times {environment.spec.id}")
+    envs = gym.vector.SyncVectorEnv([lambda env=env: env for env in made])
     seen, done = envs.single_observation_space, envs.single_action_space
     check_fit("what the policy sees", environment.observation_space, seen)
     check_fit("what the policy does", environment.action_space, done, bounds=True)

@@ -15,6 +15,7 @@ from pathlib import Path
 import gymnasium as gym
 import h5py
 import numpy as np
+import psutil
 import pytest
 import torch
 from gymnasium.envs.registration import EnvSpec, WrapperSpec
@@ -158,8 +159,16 @@ def test_an_environment_that_asks_for_much_is_not_made(more):
 def test_environments_are_counted_before_they_are_made(sound, monkeypatch):
     environment = read_checkpoint(sound / "run" / "ckpt.pt")["environment"]
     monkeypatch.setattr("evaluate.make_env", Large)
-    with pytest.raises(UserError, match=r"1000000 times Hopper-v5 would take"):
-        make_vector_env(environment, 1_000_000)
+    little = psutil.virtual_memory()._replace(available=1 << 30)
+    monkeypatch.setattr("psutil.virtual_memory", lambda: little)
+    Large.made = 0
+    with pytest.raises(
+        UserError, match=r"40 times Hopper-v5 would take 2\.\d GiB, and 1\.0 are free"
+    ):
+        make_vector_env(environment, 40)
+    assert Large.made <= 5
+    assert make_vector_env(environment, 3).num_envs == 3
+    assert Large.made <= 8
 
 
 class Large(gym.Env):
@@ -168,7 +177,10 @@ class Large(gym.Env):
     observation_space = gym.spaces.Box(-np.inf, np.inf, (11,), np.float64)
     action_space = gym.spaces.Box(-1, 1, (3,), np.float32)
 
+    made = 0
+
     def __init__(self, spec, render_mode=None):
+        Large.made += 1
         self.kept = np.ones(1 << 23)
 
 
