@@ -12,7 +12,6 @@ import json
 from collections import deque
 from contextlib import nullcontext
 from functools import partial
-from itertools import count
 from pathlib import Path
 
 import gymnasium as gym
@@ -53,6 +52,7 @@ from watch import Gif, Mp4, film, map_attention
 from windows import STACK
 
 LARGEST_REWARD = 1e30  # a sum of them, divided by any scale, still fits into 32 bits
+LONGEST_EPISODE = 108_000  # steps, where no limit is known: as many as ALE plays frames
 SEED = 1_000_000  # the first episode's environment seed, far from those data is recorded with
 
 
@@ -138,6 +138,7 @@ def rollout(
     progress=False,
     watch=None,
     render_mode=None,
+    stop=None,
 ):
     """Let a model act in `episodes` episodes for each target return, all in one batch.
 
@@ -150,9 +151,11 @@ def rollout(
     watch: None, or watch.Film or watch.LastContext: called after the reset and after every step
     with the environments (which draw as render_mode says), which episodes (n,) acted and which go
     on, their returns so far (n,) and the tokens of the last K steps.
+    stop: None, or plumbing.StopSignals: after a signal the episodes are given up.
     Returns a list with a dictionary for each target: target, returns and lengths (one per episode),
-    their summary (see `summarise`), cut, how many episodes episode_limit stopped before their end,
-    and failed, a line for each that its environment's failure ended: their returns are not whole.
+    their summary (see `summarise`), cut, how many episodes were stopped before their end,
+    and failed, a line for each that its environment's failure ended: their returns are not whole;
+    or None, if it was given up.
     """
     obs_mean, obs_std = stats
     device = obs_mean.device
@@ -160,7 +163,7 @@ def rollout(
     n = len(targets) * episodes
     envs = make_vector_env(environment, n, render_mode)
     limits = [settings["episode_limit"], environment.spec.max_episode_steps]
-    T = min((limit for limit in limits if limit), default=None)  # None: the game itself ends
+    T = min((limit for limit in limits if limit), default=LONGEST_EPISODE)
     K, scale = settings["context"], settings["scale"]
     delayed, frames = settings["mode"] == "delayed", is_picture(space)
     choice = is_choice(action_space)
@@ -185,12 +188,13 @@ def rollout(
     observation, _ = envs.reset(seed=[seed + i for _ in targets for i in range(episodes)])
     if watch is not None:
         watch(envs, alive, alive, returns, tokens)
-    bar = tqdm(total=T, desc="evaluating", leave=False, disable=not progress)
+    total = None if T == LONGEST_EPISODE else T  # else the games are known to end before
+    bar = tqdm(total=total, desc="evaluating", leave=False, disable=not progress)
     autocast = torch.autocast(device.type, torch.bfloat16, settings["dtype"] == "bf16")
     # merged into bf16, small updates would be lost: another policy would act than was trained
     whole = merged(model) if settings["dtype"] == "fp32" else nullcontext()
     with whole, bar:
-        for t in count():
+        for t in range(T):
             if frames:
                 pictures.append(shrink(observation).to(device))
                 obs = torch.stack(tuple(pictures), dim=1)  # (n, STACK, 84, 84)
@@ -225,12 +229,15 @@ def rollout(
             if watch is not None:
                 watch(envs, acted, alive, returns, tokens)
             bar.update()
-            if not alive.any() or t + 1 == T:
+            given_up = stop is not None and stop.number > 0
+            if given_up or not alive.any():
                 break
     envs.close()
     del envs
     give_back_memory()
     model.train(training)
+    if given_up:
+        return None
     return [
         {
             "target": target,
@@ -262,7 +269,8 @@ def print_table(results):
         line = f"{written(r['target']):>8} {spread:>18} {r['score']:7.1f} {r['length_mean']:7.0f}"
         print(f"{line}  {len(r['returns'])}")
     if cut := sum(r["cut"] for r in results):
-        print(f"{cut} episodes were cut before their end (--episode-limit): returns are not whole")
+        print(f"{cut} episodes were cut before their end: their returns are not whole", end=" ")
+        print(f"(--episode-limit; {LONGEST_EPISODE} at most where the environment has no limit)")
     for r in results:
         for what in r["failed"]:
             print(f"target {written(r['target'])}: the environment failed in {printable(what)}")

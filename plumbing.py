@@ -149,7 +149,7 @@ class StopSignals:
     Whoever has written what is to be kept ends with exit code 128 + number, as shells expect.
     """
 
-    def __init__(self, what="stopping after this step (or evaluation)"):
+    def __init__(self, what="stopping after this step"):
         self.number, self.before, self.what = 0, {}, what
         if threading.current_thread() is threading.main_thread():  # others cannot have handlers
             for number in (signal.SIGINT, signal.SIGTERM):

@@ -264,6 +264,25 @@ def main():
         if rank == 0:
             bar.write(f"{what}; skipped")
 
+    def evaluate(state):
+        """Let the policy act as it is after this step. A stop signal leaves that to --resume."""
+        nonlocal evaluating, best_score
+        since = time.time()
+        stats, ask = (data.obs_mean, data.obs_std), (settings["targets"], settings["episodes"])
+        results = rollout(model, environment, settings, stats, *ask, progress=True, stop=stop)
+        evaluating += time.time() - since
+        if results is None:
+            return
+        evaluations.append({"step": step, "results": results})
+        append_to_log(folder, row := {"step": step, "evaluation": results})
+        trackers.add(row)
+        score = max(r["score"] for r in results)
+        shown["score"] = f"{score:.1f}"
+        bar.set_postfix(shown)
+        if score > best_score:
+            best_score = score
+            save("best.pt", state)
+
     def next_window():
         window = sample_windows(data, settings["batch"] // world, settings["context"], window_rng)
         return [x.to(device, non_blocking=True) for x in window], window_rng.get_state()
@@ -306,7 +325,12 @@ def main():
     )
     step, stopping = done, 0
     model.train()
-    for step in range(done + 1, settings["steps"] + 1):
+    due = done % settings["eval_every"] == 0 or done == settings["steps"]
+    if done > 0 and due and done not in [e["step"] for e in evaluations]:  # given up at a stop
+        if rank == 0:
+            evaluate(trained_state(model, settings["train"]))
+        stopping = stop.number if world == 1 else agree(stop.number, device)
+    for step in range(done + 1, 0 if stopping else settings["steps"] + 1):
         rising = step / max(1, settings["warmup"])
         falling = (1 - (step - 1) / settings["steps"]) / max(settings["cooldown"], 1e-9)
         lr = settings["lr"] * min(rising, 1.0, falling)  # constant in between, the paper's for ever
@@ -371,22 +395,9 @@ def main():
         if rank == 0 and due:
             state = trained_state(model, settings["train"])
             check_finite(state, step)
-            since = time.time()
-            stats, targets = (data.obs_mean, data.obs_std), settings["targets"]
-            episodes = settings["episodes"]
-            results = rollout(model, environment, settings, stats, targets, episodes, progress=True)
-            evaluating += time.time() - since
-            evaluations.append({"step": step, "results": results})
-            append_to_log(folder, row := {"step": step, "evaluation": results})
-            trackers.add(row)
-            score = max(r["score"] for r in results)
-            shown |= {"score": f"{score:.1f}"}
-            bar.set_postfix(shown)
-            if score > best_score:
-                best_score = score
-                save("best.pt", state)
+            evaluate(state)
         # Processes stop after the same step, before torchrun's patience of 30 s is over.
-        if world == 1 or step % STOP_EVERY == 0 or logged:
+        if world == 1 or step % STOP_EVERY == 0 or logged or due:
             stopping = stop.number if world == 1 else agree(stop.number, device)
         if due or stopping:
             mine = {"totals": totals.cpu(), "bad": torch.stack([new_bad, first_bad]).cpu()}
@@ -421,7 +432,7 @@ def main():
     stop.restore()
     bar.close()
     seconds = time.time() - started
-    if rank == 0 and step == settings["steps"]:
+    if rank == 0 and not stopping:
         run = folder, settings, environment, notes, data
         end_run(*run, evaluations, seconds, evaluating, bad_steps=bad_steps)
     elif rank == 0:
@@ -430,7 +441,7 @@ def main():
         trackers.close()
     del objective
     leave_processes()
-    if step < settings["steps"]:
+    if stopping:
         raise SystemExit(128 + stopping)
 
 

@@ -303,9 +303,13 @@ def train(typed):
         if step % settings["eval_every"] == 0 or last:
             since = time.time()
             results = rollout(
-                actor, environment, settings, stats, [None], settings["episodes"], progress=True
+                *(actor, environment, settings, stats, [None], settings["episodes"]),
+                progress=True,
+                stop=stop,
             )
             evaluating += time.time() - since
+            if results is None:
+                break
             evaluations.append({"step": step, "results": results})
             append_to_log(folder, row := {"step": step, "evaluation": results})
             trackers.add(row)
@@ -318,7 +322,7 @@ def train(typed):
             break
     stop.restore()
     bar.close()
-    if step < settings["steps"]:
+    if step < settings["steps"] or results is None:
         save("ckpt.pt")
         print(f"stopped after step {step}, whose policy is {folder / 'ckpt.pt'}; a baseline's run")
         print("cannot go on: begin it anew")

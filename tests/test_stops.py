@@ -73,6 +73,42 @@ def test_a_signal_ends_the_step_saves_and_leaves(number, whole, tmp_path):
     assert_same(folder, whole)
 
 
+def stop_in_evaluation(*arguments):
+    """Send SIGTERM when an evaluation has begun. Returns what the training has printed."""
+    command = [sys.executable, str(ROOT / "train.py"), *map(str, arguments)]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    errors = b""
+    while b"evaluating" not in errors:  # its bar
+        read = os.read(process.stderr.fileno(), 10_000)
+        assert read, errors
+        errors += read
+    process.send_signal(signal.SIGTERM)
+    out, more = process.communicate()
+    assert process.returncode == 143, errors + more
+    assert b"stopping after this step" in errors + more
+    return out.decode()
+
+
+@pytest.mark.parametrize("last", [False, True])
+def test_a_signal_does_not_wait_for_an_evaluation(last, tmp_path):
+    """It is given up, again and again if need be, and done by the run that goes on."""
+    many = [*SHORT, "--episodes", 40, "--episode-limit", 0, "--out", tmp_path]
+    many += ["--steps", 4, "--eval-every", 4 if last else 2, "--log-every", 2]
+    code, _, errors = run(*many, "--name", "whole")
+    assert code == 0, errors
+    folder, step = tmp_path / "run", 4 if last else 2
+    for begun in ([*many, "--name", "run"], ["--resume", folder]):
+        assert f"stopped after step {step}; go on with" in stop_in_evaluation(*begun)
+        assert "evaluation" not in (folder / "log.jsonl").read_text()
+        saved = torch.load(folder / "resume.pt", weights_only=True)
+        assert (saved["step"], saved["evaluations"]) == (step, [])
+        assert not (folder / "result.json").exists()
+    code, out, errors = run("--resume", folder)
+    assert code == 0, errors
+    assert f"after step {step}" in out
+    assert_same(folder, outcome(tmp_path / "whole"))
+
+
 SLOW_DISK = """
 import os, runpy, sys, time
 really = os.fsync
