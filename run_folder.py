@@ -211,8 +211,7 @@ def read_run(path, typed, config):
             why = f"{name} in it is no {kind.__name__} that could be"
             raise UserError(f"{folder / RESUME} is damaged: {why}; delete it to start anew")
     check_evaluations(folder / RESUME, saved["evaluations"])
-    steps, evaluated = begun["settings"]["steps"], [e["step"] for e in saved["evaluations"]]
-    if saved["step"] > steps or (saved["step"] == steps and steps not in evaluated):
+    if saved["step"] > begun["settings"]["steps"]:
         raise UserError(f"{folder / RESUME} is damaged: its step; delete it to start anew")
     return begun, saved
 
@@ -370,11 +369,10 @@ def end_run(
     print(f"score {result['score']:.1f}, of target {written(result['target'])}; ", end="")
     print(f"best single evaluation {result['best_single_evaluation']:.1f}")
     if result["episodes_cut"]:
-        print(
-            f"{result['episodes_cut']} late episodes were cut at {settings['episode_limit']} ",
-            end="",
-        )
-        print("steps, before their end: their returns are not whole (--episode-limit 0)")
+        limit = settings["episode_limit"]
+        at = f"at {limit} steps, " if limit else ""
+        print(f"{result['episodes_cut']} late episodes were cut {at}before their end: ", end="")
+        print("their returns are not whole (--episode-limit 0)")
     if result["episodes_failed"]:
         print(
             f"{result['episodes_failed']} episodes ended by a failure of the environment, ", end=""

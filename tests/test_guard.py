@@ -42,11 +42,12 @@ class Fragile(gym.Env):
                 observation[1] = 1e300
             if self.how == "a large reward":
                 reward = 1e300
-        return observation, reward, False, self.t == 10, {"failed": False}  # a word of its own
+        over = self.t == 10 and self.how != "no end"
+        return observation, reward, False, over, {"failed": False}  # a word of its own
 
 
 HOW = {51: "raise", 52: "reward", 53: "observation", 54: "reset", 55: "reset to NaN"}
-HOW |= {56: "a large observation", 57: "a large reward"}
+HOW |= {56: "a large observation", 57: "a large reward", 60: "no end"}
 gym.register("test/Fragile-v0", entry_point="tests.test_guard:Fragile")
 
 
@@ -68,6 +69,12 @@ def fragile(monkeypatch):
     monkeypatch.setattr(spec, "entry_point", Fragile)  # wherever this file is imported from
     monkeypatch.setattr("tasks.load_env_creator", lambda entry: entry)
     return Environment(spec, Fragile.observation_space, Fragile.action_space, None, None)
+
+
+def test_an_episode_without_an_end_is_cut(fragile, monkeypatch):
+    monkeypatch.setattr("evaluate.LONGEST_EPISODE", 25)
+    (result,) = rollout(Still(), fragile, SETTINGS, STATS, [1.0], 2, seed=59)
+    assert (result["lengths"], result["returns"], result["cut"]) == ([10, 25], [10.0, 25.0], 1)
 
 
 def test_a_failing_episode_ends_alone_and_is_named(fragile):
