@@ -24,7 +24,8 @@ from safetensors.torch import load_file, save_file
 from checkpoint import read_checkpoint
 from data import find_dataset, read_dataset, read_frames
 from evaluate import make_vector_env
-from experiments import pretrain, report, sweep
+from experiments import pretrain, report
+from experiments.one_run import name_of, progress_of
 from files import check_hdf5, clear_unfinished, load_tensors, parse_json, read_json
 from load_gpt2 import load_gpt2
 from plumbing import UserError, run_command
@@ -382,10 +383,10 @@ def test_a_report_shows_names_as_names(finished, tmp_path, monkeypatch, capsys):
 )
 def test_a_sweep_reads_what_it_finds_with_care(file, content, steps, finished):
     run = dict(env="hopper", method="dt", ratio=0.01, seed=0, lm="auto")
-    folder = finished.rename(finished.parent / sweep.name_of(run))
-    assert sweep.progress_of(run, folder.parent)[:2] == (2000, 2000)
+    folder = finished.rename(finished.parent / name_of(run))
+    assert progress_of(run, folder.parent)[:2] == (2000, 2000)
     (folder / file).write_text(content)
-    assert sweep.progress_of(run, folder.parent) == (0, steps, 0.0)
+    assert progress_of(run, folder.parent) == (0, steps, 0.0)
 
 
 def test_a_log_that_is_gone_is_missed(sound, tmp_path):

@@ -12,7 +12,8 @@ import torch
 from runs import wait_for_rows
 
 from experiments import sweep
-from experiments.sweep import STUDIES, grid, name_of, progress_of, state_of
+from experiments.one_run import ALGORITHMS, ROOT, name_of, progress_of, state_of
+from experiments.sweep import STUDIES, grid
 from plumbing import UserError
 
 SHORT = "--steps 6 --eval-every 3 --log-every 2 --episodes 1 --episode-limit 5 --batch 8"
@@ -40,7 +41,7 @@ def test_a_study_is_made_of_runs_that_exist(study, monkeypatch):
     names = [name_of(run) for run in STUDIES[study]]
     assert len(set(names)) == len(names)
     methods = {run["method"] for run in STUDIES[study]}
-    assert methods <= {*sweep.settings.METHODS, *sweep.ALGORITHMS}
+    assert methods <= {*sweep.settings.METHODS, *ALGORITHMS}
     assert {run["seed"] for run in STUDIES[study]} == {0, 1, 2}
 
 
@@ -83,9 +84,7 @@ def test_a_stopped_sweep_lets_its_runs_save_and_goes_on(tmp_path, monkeypatch, c
     flags = ["--out", tmp_path, "--threads", 1, *HOPPER, "--method", "dt,bc", "--workers", 2]
     flags += ["--flags", SHORT.replace("--steps 6 --eval-every 3", "--steps 1500")]
     words = [sys.executable, "-m", "experiments.sweep", *map(str, flags)]
-    process = subprocess.Popen(
-        words, cwd=sweep.ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE
-    )
+    process = subprocess.Popen(words, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     log = tmp_path / "hopper-dt-0.01-s0" / "log.jsonl"
     wait_for_rows(log, process)
     process.terminate()
@@ -106,7 +105,7 @@ def test_a_second_signal_leaves_no_run_behind(tmp_path):
     flags = ["--out", tmp_path, "--threads", 1, *HOPPER, "--method", "dt"]
     flags += ["--flags", SHORT.replace("--steps 6 --eval-every 3", "--steps 1000000")]
     words = [sys.executable, "-m", "experiments.sweep", *map(str, flags)]
-    process = subprocess.Popen(words, cwd=sweep.ROOT, stderr=subprocess.DEVNULL)
+    process = subprocess.Popen(words, cwd=ROOT, stderr=subprocess.DEVNULL)
     log = tmp_path / "hopper-dt-0.01-s0" / "log.jsonl"
     wait_for_rows(log, process)
     runs = psutil.Process(process.pid).children(recursive=True)
@@ -141,6 +140,22 @@ def test_a_dry_run_lists_and_measures_and_runs_nothing(tmp_path, monkeypatch, ca
     (seconds,) = json.loads((tmp_path / "probes.json").read_text()).values()
     assert 0 < seconds < 10
     assert state_of(tmp_path / "hopper-dt-0.01-s0") == "new"
+
+
+def test_a_dry_run_foretells_what_a_dataset_does_not_hold(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("MINARI_DATASETS_PATH", str(tmp_path / "none"))
+    flags = ["--flags", SHORT, "--out", tmp_path, "--dry-run"]
+    what = ["--env", "hopper", "--method", "dt", "--ratio", "0.01,0.5", "--seed", "0,1"]
+    started = []
+    really = subprocess.run
+    monkeypatch.setattr(subprocess, "run", lambda *a, **k: started.append(a) or really(*a, **k))
+    command(monkeypatch, *flags, *what)
+    printed = capsys.readouterr().out
+    for seed in (0, 1):
+        assert f"hopper-dt-0.5-s{seed} will fail: " in printed
+        assert f"hopper-dt-0.01-s{seed} will fail: " not in printed
+    assert "; 2 of them will fail" in printed
+    assert len(started) == 2  # seeds are not measured apart
 
 
 @pytest.mark.parametrize(

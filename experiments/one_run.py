@@ -1,0 +1,149 @@
+"""A run of a sweep: its name and command, what became of it, and how long a step of it takes."""
+
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+
+import settings
+from experiments import baselines
+from files import parse_json, read_json, write_json
+from plumbing import printable
+
+ROOT = Path(__file__).resolve().parent.parent
+ALGORITHMS = ("bc", "td3bc", "iql", "cql", "bcq", "nfq")  # the others are train.py's methods
+PROBE_STEPS = 20  # of a run that only measures how long a step takes
+FAILING = {}  # kinds of run that failed so in this process, and why
+
+
+def name_of(run):
+    """The run's folder in --out: its place in the grid."""
+    parts = [run["env"], run["method"], f"{run['ratio']:g}"]
+    if run["lm"] != "auto":
+        parts.append(Path(run["lm"]).stem)
+    return "-".join([*parts, f"s{run['seed']}"]).replace("/", "-")
+
+
+def command_of(run, out, flags):
+    """The process of a run that begins: a list of words."""
+    if run["method"] in ALGORITHMS:
+        command = ["-m", "experiments.baselines", "--algo", run["method"]]
+    else:
+        command = ["train.py", "--method", run["method"]]
+    command += ["--env", run["env"], "--ratio", f"{run['ratio']:g}", "--seed", str(run["seed"])]
+    if run["lm"] != "auto":
+        command += ["--lm", run["lm"]]
+    place = Path(out).absolute()  # runs start in the root, and need not know where that is
+    place = place.relative_to(ROOT) if place.is_relative_to(ROOT) else place
+    return [sys.executable, *command, "--out", str(place), *flags]
+
+
+def state_of(folder):
+    """What has become of a run: "finished", "interrupted" or "new"."""
+    if (folder / "result.json").is_file():
+        return "finished"
+    return "interrupted" if folder.exists() else "new"
+
+
+def begin_or_go_on(run, out, flags):
+    """The process that brings a run to its end, whatever has become of it so far."""
+    folder = Path(out) / name_of(run)
+    if state_of(folder) == "interrupted":
+        if run["method"] not in ALGORITHMS and (folder / "config.json").is_file():
+            return [sys.executable, "train.py", "--resume", str(folder.absolute())]
+        shutil.rmtree(folder)  # a baseline's, or one that had not really begun
+    return [*command_of(run, out, flags), "--name", name_of(run)]
+
+
+def carry_out(run, out, flags, threads, at_work=None):
+    """Run it in a process, its output in out/logs. Returns the exit code.
+
+    at_work: a list that the process is added to, by whoever is to tell it of a stop: then it is no
+    part of the terminal's group, from which a Ctrl-C would reach it a second time.
+    """
+    log = Path(out) / "logs" / f"{name_of(run)}.txt"
+    log.parent.mkdir(parents=True, exist_ok=True)
+    environment = {"OMP_NUM_THREADS": str(threads)} | dict(os.environ)
+    with open(log, "w") as file:
+        process = subprocess.Popen(
+            begin_or_go_on(run, out, flags),
+            cwd=ROOT,
+            env=environment,
+            stdout=file,
+            stderr=subprocess.STDOUT,
+            start_new_session=at_work is not None,
+        )
+        if at_work is not None:
+            at_work.append(process)
+        return process.wait()
+
+
+def last_lines(run, out, n=3):
+    """The end of a run's output, without its bars."""
+    log = Path(out) / "logs" / f"{name_of(run)}.txt"
+    text = log.read_text(errors="replace") if log.is_file() else ""
+    lines = [line for line in text.replace("\r", "\n").splitlines() if line.strip()]
+    return [printable(line) for line in lines if "it/s" not in line and "s/it" not in line][-n:]
+
+
+def progress_of(run, out):
+    """(steps done, steps in all, seconds a step) by a run's own files; zeros if it has none yet."""
+    folder = Path(out) / name_of(run)
+    try:
+        steps = int(read_json(folder / "config.json")["settings"]["steps"])
+        rows = (folder / "log.jsonl").read_text().splitlines()
+    except (OSError, ValueError, KeyError, TypeError):
+        return 0, 0, 0.0
+    for line in reversed(rows):
+        try:
+            row = parse_json(line)
+            return int(row["step"]), steps, float(row["seconds"]) / int(row["step"])
+        except (ValueError, KeyError, TypeError, ZeroDivisionError):
+            continue  # it is being written, or of an evaluation
+    return 0, steps, 0.0
+
+
+def seconds_a_step(run, out, flags, threads):
+    """Measured on this machine by a run of PROBE_STEPS steps, kept in out/probes.json.
+
+    Returns None, and says why, where such a run fails: so would the real one. Seeds are alike in
+    that; ratios are not, for a dataset may hold a part only.
+    """
+    kept = Path(out) / "probes.json"
+    try:
+        known = read_json(kept) if kept.is_file() else {}
+    except ValueError:
+        known = {}  # damaged: they are measured again
+    key = f"{run['env']} {run['method']} {run['ratio']:g} {run['lm']} {' '.join(flags)}"
+    key += f" {threads} threads"
+    if key not in known | FAILING:
+        with tempfile.TemporaryDirectory() as aside:
+            probe = ["--steps", PROBE_STEPS, "--eval-every", PROBE_STEPS, "--episodes", 1]
+            probe += ["--episode-limit", 1, "--log-every", PROBE_STEPS]
+            probe += ["--name", name_of(run)]
+            command = command_of(run, aside, [*flags, *map(str, probe)])
+            environment = {"OMP_NUM_THREADS": str(threads)} | dict(os.environ)
+            done = subprocess.run(
+                command, cwd=ROOT, env=environment, capture_output=True, text=True
+            )
+            if done.returncode:
+                words = done.stderr.strip().splitlines() or ["no word"]
+                FAILING[key] = words[-1].removeprefix("error: ")
+            else:
+                _, _, known[key] = progress_of(run, aside)
+                write_json(kept, known)
+    if key in FAILING:
+        print(f"{name_of(run)} will fail: {printable(FAILING[key])}", flush=True)
+    return known.get(key)
+
+
+def steps_of(run, flags):
+    """How many steps a run will take: as typed, or the preset's."""
+    if "--steps" in flags[:-1]:
+        return int(flags[flags.index("--steps") + 1])
+    presets = baselines if run["method"] in ALGORITHMS else settings
+    return (presets.PAPER if torch.cuda.is_available() else presets.SHORT)["steps"]
