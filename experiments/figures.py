@@ -78,18 +78,28 @@ def drawing(path, height, rows=1, columns=1, **shared):
 def band(axis, x, curves, label, colour, dashes="-"):
     """Mean of curves (seeds, points) over x, and their standard deviation as a band."""
     mean, std = np.mean(curves, axis=0), np.std(curves, axis=0)
+    if len(x) == 1:  # neither a line nor a band; at the end, where it may lie on the edge
+        std = std if len(curves) > 1 else None
+        axis.errorbar(x, mean, std, fmt="o", color=colour, label=label, clip_on=False)
+        return
     axis.plot(x, mean, dashes, color=colour, label=label)
     if len(curves) > 1:
         axis.fill_between(x, mean - std, mean + std, color=colour, alpha=0.13, linewidth=0)
 
 
-def legend_below(axis):
-    """A legend under the axis, in as many columns as its words leave room for."""
-    longest = max(map(len, axis.get_legend_handles_labels()[1]))
-    axis.legend(
-        loc="upper center",
-        bbox_to_anchor=(0.5, -0.28),
-        ncols=3 if longest < 13 else 2,
+def legend_below(figure, axes):
+    """One legend of all axes below them, in as many columns as its words leave room for."""
+    shown = {}
+    for axis in axes.flat:
+        shown |= dict(zip(*reversed(axis.get_legend_handles_labels()), strict=True))
+    longest = max(map(len, shown))
+    columns = 4 if longest < 8 else 3 if longest < 13 else 2 if longest < 25 else 1
+    figure.set_figheight(figure.get_figheight() + 0.15 * -(-len(shown) // columns))
+    figure.legend(
+        shown.values(),
+        shown.keys(),
+        loc="outside lower center",
+        ncols=columns,
         frameon=False,
         handlelength=1.8,
         columnspacing=1.0,
@@ -120,7 +130,8 @@ def draw_curves(path, heading, cells, colours):
             axis.axhline(own, color="#777777", linewidth=0.9, linestyle=(0, (1, 1.5)))
             if name != reference:
                 x, curves = progress(leader)
-                axis.plot(x, np.mean(curves, axis=0), color=colours[reference], linewidth=0.8)
+                thin = dict(color=colours[reference], linewidth=0.8)
+                axis.plot(x, np.mean(curves, axis=0), marker="_" if len(x) == 1 else None, **thin)
             x, curves = progress(cell)
             band(axis, x, curves, text, colours[name])
             axis.set_xlim(0, 100)
@@ -141,7 +152,7 @@ def draw_ratios(path, panels, colours):
 
     panels: [(title, {label: (name, [(ratio, Cell)])})], ratios rising.
     """
-    with drawing(path, 2.75 * len(panels), len(panels)) as (_, axes):
+    with drawing(path, 2.45 * len(panels), len(panels)) as (figure, axes):
         for axis, (heading, lines) in zip(axes[:, 0], panels, strict=True):
             ratios = sorted({r for _, points in lines.values() for r, _ in points})
             for i, (text, (method, points)) in enumerate(lines.items()):
@@ -162,12 +173,12 @@ def draw_ratios(path, panels, colours):
             plain = any(cell.runs[0].plain for _, points in lines.values() for _, cell in points)
             axis.set_ylabel("return" if plain else "normalised score")
             axis.set_title(textwrap.fill(heading, 44))
-            legend_below(axis)
+        legend_below(figure, axes)
 
 
 def draw_language(path, heading, cells, colours):
     """Language loss against step, the paper's Figure 6a. cells: {label: (name, Cell)}."""
-    with drawing(path, 2.75) as (_, axes):
+    with drawing(path, 2.45) as (figure, axes):
         axis = axes[0, 0]
         for text, (method, cell) in cells.items():
             # a run that was killed and resumed has other rows, but ends where the others end
@@ -177,7 +188,7 @@ def draw_language(path, heading, cells, colours):
         axis.set_xlabel("training step")
         axis.set_ylabel("language loss (nats a token)")
         axis.set_title(textwrap.fill(heading, 44))
-        legend_below(axis)
+        legend_below(figure, axes)
 
 
 def draw_iqm(path, panels, colours):
