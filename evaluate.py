@@ -29,6 +29,7 @@ from plumbing import (
     UserError,
     check_numbers,
     choose_device,
+    counted,
     first_line,
     give_back_memory,
     printable,
@@ -269,7 +270,7 @@ def print_table(results):
         line = f"{written(r['target']):>8} {spread:>18} {r['score']:7.1f} {r['length_mean']:7.0f}"
         print(f"{line}  {len(r['returns'])}")
     if cut := sum(r["cut"] for r in results):
-        print(f"{cut} episodes were cut before their end: their returns are not whole", end=" ")
+        print(f"{counted(cut, 'episode')} cut before the end: such returns are not whole", end=" ")
         print(f"(--episode-limit; {LONGEST_EPISODE} at most where the environment has no limit)")
     for r in results:
         for what in r["failed"]:

@@ -34,6 +34,11 @@ class UserError(Exception):
         return printable(super().__str__())
 
 
+def counted(n, what):
+    """A number of things in words: 1 run, 2 runs."""
+    return f"{n} {what}" if n == 1 else f"{n} {what}s"
+
+
 def printable(text):
     """A text in which what a terminal would not print as it is, such as a line's end, is escaped.
 

@@ -23,7 +23,7 @@ from pathlib import Path
 import torch
 
 from files import clear_unfinished, load_tensors, read_json, save_tensors, write_json
-from plumbing import UserError, check_kinds, is_number, printable
+from plumbing import UserError, check_kinds, counted, is_number, printable
 from tasks import normalised_score
 
 RESUME, FORMAT = "resume.pt", "lamo-resume-1"  # the file --resume goes on from, and what it is
@@ -109,7 +109,8 @@ def begin_run(settings, environment, notes, data, model, base, world):
     print(f"{'task':13} {printable(settings['env'])}, method {settings['method']}")
     for name, line in notes.items():
         print(f"{name:13} {printable(line)}")
-    print(f"{'data':13} {len(data.lengths)} episodes, {len(data)} steps, ", end="")
+    size = f"{counted(len(data.lengths), 'episode')}, {counted(len(data), 'step')}"
+    print(f"{'data':13} {size}, ", end="")
     print(f"return {mean:.1f} ± {std:.1f} (score {score:.1f})")
     lists = {name: " ".join(map(str, v)) for name, v in settings.items() if isinstance(v, list)}
     every = ", ".join(f"{name} {value}" for name, value in (settings | lists).items())
@@ -360,7 +361,7 @@ def end_run(
     (folder / RESUME).unlink(missing_ok=True)
     let_go(folder)
     n = result["evaluations_averaged"]
-    means = f"means of {n} evaluations, in the last 20 % of steps"
+    means = f"means of {counted(n, 'evaluation')}, in the last 20 % of steps"
     print(f"\n{'target':>8} {'return':>8} {'score':>7}   {means}")
     for r in result["targets"]:
         print(f"{written(r['target']):>8} {r['return_mean']:8.1f} {r['score']:7.1f}")
@@ -371,14 +372,13 @@ def end_run(
     if result["episodes_cut"]:
         limit = settings["episode_limit"]
         at = f"at {limit} steps, " if limit else ""
-        print(f"{result['episodes_cut']} late episodes were cut {at}before their end: ", end="")
-        print("their returns are not whole (--episode-limit 0)")
+        cut = counted(result["episodes_cut"], "late episode")
+        print(f"{cut} cut {at}before the end: such returns are not whole (--episode-limit 0)")
     if result["episodes_failed"]:
-        print(
-            f"{result['episodes_failed']} episodes ended by a failure of the environment, ", end=""
-        )
-        print("see failed in log.jsonl: their returns are not whole")
+        failed = counted(result["episodes_failed"], "episode")
+        print(f"{failed} ended by a failure of the environment, see failed in log.jsonl: ", end="")
+        print("such returns are not whole")
     if bad_steps:
-        print(f"{bad_steps} steps were skipped: their loss or gradient was not finite")
+        print(f"{counted(bad_steps, 'step')} skipped: the loss or gradient was not finite")
     print(f"{seconds:.0f} s, of which {evaluating:.0f} s evaluating")
     print(f"next: {command} {folder / 'ckpt.pt'}   (or best.pt)")

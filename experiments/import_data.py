@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from experiments.write_dataset import dataset_folder, write_dataset
 from files import check_hdf5
-from plumbing import UserError, choose, first_line
+from plumbing import UserError, choose, counted, first_line
 from spaces import FRAME
 
 D4RL_KEYS = ("observations", "actions", "rewards", "terminals", "timeouts")
@@ -297,7 +297,8 @@ def finish(folder, dataset_id, episodes, spec, spaces, task, about, name, origin
         author={f"the authors of {origin}"},
         description=f"{origin} data of {name}, imported with Minari {version('minari')}.",
     )
-    print(f"wrote {folder}: {about['episodes']} episodes, {about['steps']} steps, ", end="")
+    size = f"{counted(about['episodes'], 'episode')}, {counted(about['steps'], 'step')}"
+    print(f"wrote {folder}: {size}, ", end="")
     print(f"return {about['return_mean']:.1f} ± {about['return_std']:.1f}")
     print(f"left out: {about['left_out']} steps that belong to no whole episode")
     print(f"next: python train.py --env {name} --dataset {dataset_id}")

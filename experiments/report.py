@@ -18,7 +18,7 @@ import numpy as np
 
 from experiments.read_runs import make_cells, read_runs, rows_of, title, words
 from files import check_writable, write_atomically
-from plumbing import Parser, UserError, printable, run_command
+from plumbing import Parser, UserError, counted, printable, run_command
 
 RESAMPLES = 10_000  # bootstrap samples of an interval
 CONFIDENCE = 0.95  # of the intervals
@@ -261,7 +261,8 @@ def report_text(cells, remarks, aggregates, drawn, paper, command):
     usual = max(len(cell.runs) for cell in cells.values())
     lms = sorted({Path(run.lm).stem for cell in cells.values() for run in cell.runs} - {"none"})
     made_by = ["", f"`{command}`", ""]
-    text = ["# Report", "", f"{n_runs} runs; language models: {', '.join(lms) or 'none'}.", ""]
+    made_of = f"{counted(n_runs, 'run')}; language models: {', '.join(lms) or 'none'}."
+    text = ["# Report", "", made_of, ""]
     text += [
         "A run's score is its best target's mean over the evaluations in the last 20 % of the "
         f"steps. A cell is mean ± standard deviation over seeds, {usual} where it does not say "
@@ -316,7 +317,8 @@ def main():
     write_atomically(out / "report.md", lambda file: file.write(text.encode()))
     write_atomically(out / "report.csv", lambda file: file.write(csv_text(cells, paper).encode()))
     n = sum(len(cell.runs) for cell in cells.values())
-    print(f"{n} runs in {len(cells)} cells: {out / 'report.md'}, {out / 'report.csv'}")
+    made = f"{counted(n, 'run')} in {counted(len(cells), 'cell')}"
+    print(f"{made}: {out / 'report.md'}, {out / 'report.csv'}")
 
 
 if __name__ == "__main__":

@@ -36,7 +36,7 @@ from experiments.one_run import (
     steps_of,
 )
 from files import check_writable, read_json
-from plumbing import Parser, StopSignals, UserError, choose, is_number, run_command
+from plumbing import Parser, StopSignals, UserError, choose, counted, is_number, run_command
 from tasks import find_task
 
 POLL_SECONDS = 1.0  # between looks at the runs' logs
@@ -120,7 +120,8 @@ def estimate(runs, out, flags, workers, threads):
         )
     hours = total / workers / 3600
     fails = f"; {failing:.0f} of them will fail" if failing else ""
-    print(f"{len(runs)} runs, {workers} at a time: about {hours:.1f} h without evaluations{fails}")
+    at_once = f"{counted(len(runs), 'run')}, {workers} at a time"
+    print(f"{at_once}: about {hours:.1f} h without evaluations{fails}")
 
 
 # --- running them --------------------------------------------------------------------------------
@@ -259,7 +260,7 @@ def sweep(runs, out, flags, arguments):
     check_flags(runs, out, flags)
     finished = [run for run in runs if state_of(Path(out) / name_of(run)) == "finished"]
     runs = [run for run in runs if run not in finished]
-    print(f"{len(finished)} runs are finished already")
+    print(f"{counted(len(finished), 'run')} finished already")
     estimate(runs, out, flags, arguments.workers, arguments.threads)
     if arguments.dry_run or not runs:
         return

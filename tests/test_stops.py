@@ -298,7 +298,7 @@ def test_bad_steps_are_skipped_and_counted_if_told_to(flawed, tmp_path, monkeypa
     expected = bad_steps()
     assert len(expected) > 2
     assert json.loads((tmp_path / "run/result.json").read_text())["bad_steps"] == len(expected)
-    assert f"{len(expected)} steps were skipped" in capsys.readouterr().out
+    assert f"{len(expected)} steps skipped" in capsys.readouterr().out
     rows = [json.loads(line) for line in (tmp_path / "run/log.jsonl").read_text().splitlines()]
     told = {row["step"]: row["bad_steps"] for row in rows if "bad_steps" in row}
     spans = [[s for s in expected if end - 4 < s <= end] for end in range(4, 25, 4)]

@@ -349,7 +349,7 @@ def test_a_report_goes_on_behind_a_line_that_is_none(line, finished, tmp_path, m
     report.main()
     out = capsys.readouterr().out
     assert "cannot be read" in out
-    assert "1 runs in 1 cells" in out
+    assert "1 run in 1 cell" in out
 
 
 def test_a_report_shows_names_as_names(finished, tmp_path, monkeypatch, capsys):

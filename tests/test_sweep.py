@@ -70,7 +70,7 @@ def test_finished_runs_are_skipped_interrupted_ones_resumed_failed_ones_told(
         command(monkeypatch, "--out", tmp_path, "--threads", 1, *HOPPER, *bad)
     assert ended.value.code == 1
     printed = capsys.readouterr().out
-    assert "1 runs are finished already" in printed
+    assert "1 run finished already" in printed
     assert "failed: hopper-bc-0.01-s0" in printed
     assert "unrecognized arguments: --lm-length" in printed  # its output's last lines
     assert "1 of 2 runs finished" in printed
