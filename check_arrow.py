@@ -10,6 +10,7 @@ those of spaces: {"observations": [84, 84, 3], "actions": []}, with a dictionary
 
 import io
 import json
+import math
 import resource
 import sys
 from pathlib import Path
@@ -49,7 +50,7 @@ def check_pictures(column, shape):
                 raise ValueError(f"a picture is {width} wide and {height} high, not {shape}")
 
 
-def check_episode(folder, kind, shapes):
+def check_episode(folder, kind, shapes, limit):
     """Raises what pyarrow or Pillow does, or ValueError, for an episode that cannot be read."""
     steps = json.loads((folder / "metadata.json").read_text())["total_steps"]
     parts = pa.dataset.dataset(str(folder), format=kind, ignore_prefixes=IGNORED)
@@ -62,6 +63,10 @@ def check_episode(folder, kind, shapes):
             raise ValueError(f"{batch.num_rows} rows of an episode of {steps} steps")
         for name, shape in shapes.items():
             check_pictures(batch[name], shape)
+            if isinstance(shape, list) and math.prod(shape) * batch.num_rows > limit:
+                raise ValueError(
+                    f"{batch.num_rows} pictures of {shape} are too many for the memory"
+                )
 
 
 def main():
@@ -73,7 +78,7 @@ def main():
             if odd := [p.name for p in folder.rglob("*") if not (p.is_file() or p.is_dir())]:
                 sys.exit(f"{folder.name}: {odd[0]} is no ordinary file")
             try:
-                check_episode(folder, asked["format"], asked["shapes"])
+                check_episode(folder, asked["format"], asked["shapes"], asked["limit"])
             except Exception as error:  # of pyarrow, Pillow, JSON and the file system
                 sys.exit(f"{folder.name}: {type(error).__name__}: {error}")
 

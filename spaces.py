@@ -46,6 +46,9 @@ def read_space(text):
             sizes = [math.prod(shape), *(n if isinstance(n, list) else [n])]
             if max(sizes) > MOST_NUMBERS:
                 raise UserError(f"a space of {max(sizes)} numbers or choices is not supported")
+            picture = kind == "uint8" and len(shape) == 3 and min(shape[:2]) >= SMALLEST_PICTURE
+            if picture and shape[2] not in (1, 3):  # Minari would take them for JPEG's bytes
+                raise UserError(f"pictures of {shape[2]} colours are not supported: 1 or 3 are")
 
     check(told)
     return deserialize_space(told)

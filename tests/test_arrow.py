@@ -15,6 +15,7 @@ from fuzz import spoil_bytes
 from minari.data_collector import EpisodeBuffer
 from PIL import Image
 
+from check_arrow import check_episode
 from data import load_trajectories, read_dataset
 from plumbing import UserError
 
@@ -146,6 +147,15 @@ def test_a_picture_of_another_size_is_not_made(pictures, tmp_path):
     numbers_said = (folder / "data" / "metadata.json").read_text().replace("uint8", "float64")
     (folder / "data" / "metadata.json").write_text(numbers_said)
     assert "no readable Minari dataset" in refusal(folder)
+
+
+def test_an_episodes_pictures_are_held_against_the_memory(pictures):
+    """Nearly nothing in a file may stand for large pictures, many times."""
+    episode, shapes = pictures / "data" / "0", {"observations": list(PICTURES.shape)}
+    size = (STEPS + 1) * 40 * 50 * 3
+    check_episode(episode, "arrow", shapes, limit=size)
+    with pytest.raises(ValueError, match=r"6 pictures of \[40, 50, 3\] are too many"):
+        check_episode(episode, "arrow", shapes, limit=size - 1)
 
 
 @pytest.mark.parametrize(

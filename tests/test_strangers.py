@@ -136,6 +136,12 @@ def test_a_space_of_odd_numbers_is_not_made(dtype):
         read_space(json.dumps(told))
 
 
+def test_pictures_of_four_colours_are_not_read():
+    told = {"type": "Box", "dtype": "uint8", "shape": [84, 84, 4], "low": 0, "high": 255}
+    with pytest.raises(UserError, match="pictures of 4 colours are not supported"):
+        read_space(json.dumps(told))
+
+
 def stacked(*sizes):
     entry = "gymnasium.wrappers:FrameStackObservation"
     wrappers = [WrapperSpec("x", entry, {"stack_size": n}) for n in sizes]
