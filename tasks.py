@@ -298,7 +298,6 @@ def trust(module):
     if found is None:
         why = "install it, or put its folder on PYTHONPATH"
         raise UserError(f"--env-module {module}: there is no such module; {why}")
-    TRUSTED.add(module)
     NAMED.add(module)
 
 

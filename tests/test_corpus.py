@@ -132,7 +132,6 @@ def test_a_path_among_an_environments_arguments_is_not_read(sound, tmp_path, mon
     module = spec["entry_point"].partition(":")[0]
     with pytest.raises(UserError, match=f"the path /none/scene.xml; .* --env-module {module}"):
         make_vector_env(environment, 1)
-    monkeypatch.setattr("tasks.TRUSTED", set(tasks.TRUSTED))
     monkeypatch.setattr("tasks.NAMED", set())
     tasks.trust(module)
     with pytest.raises(UserError, match="scene"):  # which is not there
@@ -283,10 +282,6 @@ def log_before_its_beginning(s):
     s["log_bytes"] = -1
 
 
-def end_without_evaluation(s):
-    s["evaluations"] = []
-
-
 def steps_beyond_the_end(s):
     s["step"] = 3
 
@@ -315,7 +310,6 @@ def text_for_a_generator(s):
         results_of_a_tensor,
         failed_of_a_number,
         log_before_its_beginning,
-        end_without_evaluation,
         steps_beyond_the_end,
         moments_of_another_shape,
         optimiser_of_text,

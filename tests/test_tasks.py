@@ -256,7 +256,7 @@ class Shown(Bare):
 @pytest.fixture
 def trusted(monkeypatch):
     """This module is one whose environments may be made."""
-    monkeypatch.setattr(tasks, "TRUSTED", set(tasks.TRUSTED))
+    monkeypatch.setattr(tasks, "NAMED", set())
     tasks.trust(__name__)
 
 
@@ -307,7 +307,7 @@ class Room(gym.Env):
 """
     (tmp_path / "rooms_of_mine.py").write_text(code)
     monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.setattr(tasks, "TRUSTED", set(tasks.TRUSTED))
+    monkeypatch.setattr(tasks, "NAMED", set())
     spec = EnvSpec("Room-v0", "rooms_of_mine:Room")
     with pytest.raises(UserError, match="add --env-module rooms_of_mine"):
         make_env(spec)
