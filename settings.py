@@ -54,6 +54,7 @@ SHORT = dict(  # without CUDA, or with the mini LM: minutes on two CPU cores
     dropout=0.0,
 )
 LIMIT_OVER_DATA = 10  # where neither environment nor user limits an episode
+FROM_DATA = ("targets", "scale", "max_ep_len")  # where no task has them
 MAY_BE_ZERO = ("seed", "lm_coef", "similarity", "weight_decay", "dropout", "lora_dropout")
 MAY_BE_ZERO += ("warmup", "cooldown", "targets", "episode_limit")
 
@@ -133,6 +134,8 @@ def resolve(config, typed):
             settings[name] = known[name]
     if settings["targets"] != "auto":
         settings["targets"] = list(settings["targets"])
+    for name in FROM_DATA:
+        notes[name] = "as asked" if name in typed else "the task's"
     check(settings)
     return settings, task, notes
 
@@ -149,10 +152,11 @@ def task_of_run(settings):
 def complete(settings, notes, data, environment):
     """Fill in, in place, what a task without a row leaves to the data, and note where it is from.
 
-    data: Trajectories; environment: tasks.Environment.
+    notes: has `resolve`'s word on those that are known; data: Trajectories; environment:
+    tasks.Environment.
     """
     longest, limit = int(data.lengths.max()), environment.spec.max_episode_steps
-    source = {name: "asked for, or the task's" for name in ("targets", "scale", "max_ep_len")}
+    source = {name: notes.pop(name, None) for name in FROM_DATA}
     if settings["targets"] == "auto":
         settings["targets"] = choose_targets(data.returns)
         source["targets"] = "the best of the data's returns, and their 90th percentile"

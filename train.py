@@ -146,7 +146,8 @@ def prepare(settings, task, notes, device):
         round_frozen(model)
     base["text"] = None
     if settings["lm_coef"] == 0:
-        notes["text"] = "none, for lm_coef is 0"
+        unread = "" if settings["corpus"] == "auto" else ", and --corpus is not read"
+        notes["text"] = f"none, for lm_coef is 0{unread}"
         return environment, data, model.to(device), base, None
     encoding = get_encoding(model.gpt.config.vocab_size)
     longest = model.gpt.config.block_size
@@ -185,7 +186,9 @@ def main():
 
     if rank > 0:
         dist.barrier()  # the first process goes ahead: nothing is fetched or tokenised twice
-    environment, data, model, base, tokens = prepare(settings, task, notes, device)
+    # What was chosen when a run began stays said of it.
+    made = prepare(settings, task, {} if begun else notes, device)
+    environment, data, model, base, tokens = made
     centres = None
     if settings["similarity"]:
         centres, notes["similarity"] = find_centres(model.gpt.wte.weight)

@@ -70,6 +70,9 @@ def test_a_signal_ends_the_step_saves_and_leaves(number, whole, tmp_path):
     code, out, errors = run("--resume", folder)
     assert code == 0, errors
     assert f"after step {step}" in out  # not a step is lost
+    chosen = json.loads((folder / "config.json").read_text())["chosen"]
+    assert read_checkpoint(folder / "ckpt.pt")["chosen"] == chosen
+    assert "(the task's)" in chosen["targets"]
     assert_same(folder, whole)
 
 
