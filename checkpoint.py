@@ -170,7 +170,9 @@ def read_checkpoint(path, expected=FORMAT):
     try:
         checkpoint = load_tensors(path)
     except FileNotFoundError as error:
-        raise UserError(f"there is no checkpoint {path}; train.py prints where it is") from error
+        raise UserError(
+            f"there is no checkpoint {path}; a training says at its end where it is"
+        ) from error
     except Exception as error:  # truncated zip, pickled code, a folder: torch.load has many kinds
         raise UserError(f"{path} is no readable checkpoint: damaged, or not train.py's") from error
     found = checkpoint.get("format") if isinstance(checkpoint, dict) else None

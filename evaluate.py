@@ -10,7 +10,7 @@ windows need no padding. An episode that has ended is no longer shown to the mod
 
 import json
 from collections import deque
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from functools import partial
 from pathlib import Path
 
@@ -63,17 +63,20 @@ SEED = 1_000_000  # the first episode's environment seed, far from those data is
 class Guard(gym.Wrapper):
     """An environment whose failures end its own episode, and no other's.
 
-    Where it raises, or gives an observation or a reward that is not finite in the 32 bits that a
-    model reads, the episode ends with what it has earned, and info["lamo_failed"] says why.
+    Where it raises, or gives an observation of another shape than its space's, or one or a reward
+    that is not finite in the 32 bits that a model reads, the episode ends with what it has earned,
+    and info["lamo_failed"] says why. Its own info is left out: nothing here reads it, and that of
+    several environments may not go together.
     """
 
     def reset(self, **how):
         self.failed = None
         try:
-            self.last, info = self.env.reset(**how)
-            if is_finite(self.last):
-                return self.last, info
-            self.failed = "reset gave an observation that is not finite"
+            self.last, _ = self.env.reset(**how)
+            self.failed = wrong_with(self.observation_space, self.last)
+            if self.failed is None:
+                return self.last, {}
+            self.failed = f"reset gave an observation that is {self.failed}"
         except Exception as error:  # the environment's own kinds
             self.failed = f"reset raised {type(error).__name__}: {first_line(error)}"
         self.observation_space.seed(0)
@@ -83,25 +86,43 @@ class Guard(gym.Wrapper):
     def step(self, action):
         if self.failed is None:
             try:
-                observation, reward, terminated, truncated, info = self.env.step(action)
-                if is_finite(observation) and abs(reward) < LARGEST_REWARD:  # NaN is not, either
+                observation, reward, terminated, truncated, _ = self.env.step(action)
+                reward, ends = float(reward), (bool(terminated), bool(truncated))
+                wrong = wrong_with(self.observation_space, observation)
+                if wrong is None and abs(reward) < LARGEST_REWARD:  # NaN is not, either
                     self.last = observation
-                    return observation, reward, terminated, truncated, info
-                self.failed = f"gave an observation or a reward ({reward}) that is not finite"
+                    return observation, reward, *ends, {}
+                what = (
+                    f"an observation that is {wrong}"
+                    if wrong
+                    else f"a reward ({reward}) that is not finite"
+                )
+                self.failed = f"gave {what}"
             except Exception as error:
                 self.failed = f"raised {type(error).__name__}: {first_line(error)}"
         return self.last, 0.0, True, False, {"lamo_failed": self.failed}
 
+    def close(self):
+        with suppress(Exception):  # of the environment's own kinds; its episodes are over
+            self.env.close()
 
-def is_finite(observation):
-    """Whether all numbers of an observation are, however it is nested."""
-    if isinstance(observation, dict | tuple):
-        parts = observation.values() if isinstance(observation, dict) else observation
-        return all(map(is_finite, parts))
+
+def wrong_with(space, observation):
+    """What is wrong with an observation, however it is nested, as words, or None: it is sound."""
+    if isinstance(space, gym.spaces.Dict):
+        parts = [wrong_with(part, observation[key]) for key, part in space.spaces.items()]
+        return next((wrong for wrong in parts if wrong), None)
+    if isinstance(space, gym.spaces.Tuple):
+        if len(observation) != len(space.spaces):
+            return f"of {len(observation)} parts, not {len(space.spaces)}"
+        return next((w for w in map(wrong_with, space.spaces, observation) if w), None)
+    values = np.asarray(observation)
+    if space.shape is not None and (values.shape != space.shape or values.dtype.kind not in "biuf"):
+        return f"{values.dtype} {values.shape}, not {space.dtype} {space.shape}"
     with np.errstate(over="ignore"):  # what is beyond 32 bits becomes infinite
-        return np.asarray(observation).dtype.kind != "f" or bool(
-            np.isfinite(np.asarray(observation, np.float32)).all()
-        )
+        if values.dtype.kind == "f" and not np.isfinite(values.astype(np.float32)).all():
+            return "not finite"
+    return None
 
 
 def make_vector_env(environment, n, render_mode=None):
@@ -122,6 +143,12 @@ def make_vector_env(environment, n, render_mode=None):
     check_fit("what the policy sees", environment.observation_space, seen)
     check_fit("what the policy does", environment.action_space, done, bounds=True)
     return envs
+
+
+def longest_episode(settings, environment):
+    """After how many steps an episode is cut, by the run's limit or the environment's."""
+    limits = [settings["episode_limit"], environment.spec.max_episode_steps]
+    return min((limit for limit in limits if limit), default=LONGEST_EPISODE)
 
 
 # --- rollouts ------------------------------------------------------------------------------------
@@ -163,8 +190,7 @@ def rollout(
     space, action_space = environment.observation_space, environment.action_space
     n = len(targets) * episodes
     envs = make_vector_env(environment, n, render_mode)
-    limits = [settings["episode_limit"], environment.spec.max_episode_steps]
-    T = min((limit for limit in limits if limit), default=LONGEST_EPISODE)
+    T = longest_episode(settings, environment)
     K, scale = settings["context"], settings["scale"]
     delayed, frames = settings["mode"] == "delayed", is_picture(space)
     choice = is_choice(action_space)
@@ -270,8 +296,8 @@ def print_table(results):
         line = f"{written(r['target']):>8} {spread:>18} {r['score']:7.1f} {r['length_mean']:7.0f}"
         print(f"{line}  {len(r['returns'])}")
     if cut := sum(r["cut"] for r in results):
-        print(f"{counted(cut, 'episode')} cut before the end: such returns are not whole", end=" ")
-        print(f"(--episode-limit; {LONGEST_EPISODE} at most where the environment has no limit)")
+        how = "such returns are not whole (see --episode-limit)"
+        print(f"{counted(cut, 'episode')} cut before the end: {how}")
     for r in results:
         for what in r["failed"]:
             print(f"target {written(r['target'])}: the environment failed in {printable(what)}")
@@ -298,6 +324,8 @@ def check_mode(args):
         raise UserError("--episodes is for a table; one episode is filmed under each target")
     if args.attention and (filming or args.json):
         raise UserError("--attention makes its picture and nothing else; leave the others out")
+    if args.prompt == "":
+        raise UserError("--prompt is empty: give it a text to continue")
     if args.at is not None and not args.attention:
         raise UserError("--at is for --attention PICTURE")
     for flag, path, kinds in (
@@ -361,6 +389,9 @@ def main():
     play = partial(rollout, model, environment, settings, stats)
     if args.attention:
         at = settings["context"] - 1 if args.at is None else args.at
+        longest = longest_episode(settings, environment)
+        if at >= longest:
+            raise UserError(f"--at {at}, but episodes have {longest} steps at most")
         map_attention(play, model.gpt, targets[0], seed, at, args.attention)
         return
     if args.video or args.gif:

@@ -153,6 +153,13 @@ def check_regular(path):
         raise ValueError("it is no ordinary file")
 
 
+def check_size(path):
+    """Raises OSError, or ValueError for what is no file of a size that is read."""
+    check_regular(path)
+    if os.path.getsize(path) > LONGEST_JSON:
+        raise ValueError(f"larger than {LONGEST_JSON} bytes")
+
+
 def parse_json(text):
     """What a JSON text says. Raises ValueError, also for whole numbers beyond LARGEST_NUMBER."""
 
@@ -169,9 +176,7 @@ def parse_json(text):
 
 def read_json(path):
     """The dictionary in a JSON file. Raises OSError, or ValueError for all that is none."""
-    check_regular(path)
-    if os.path.getsize(path) > LONGEST_JSON:
-        raise ValueError(f"larger than {LONGEST_JSON} bytes")
+    check_size(path)
     content = parse_json(Path(path).read_text(encoding="utf-8"))
     if not isinstance(content, dict):
         raise ValueError("no JSON object")

@@ -149,6 +149,10 @@ def read_config(path, tensors, metadata):
         name = f"h.{i}.attn.c_attn.weight"
         if name not in tensors or tensors[name].numel() != 3 * n_embd**2:
             raise UserError(f"{path}: {name} is missing, or not of {3 * n_embd**2} numbers")
+    if 0 in found.values():
+        raise UserError(
+            f"{path} is no GPT-2: it has {', '.join(f'{k} {v}' for k, v in found.items())}"
+        )
     published = {config.n_embd: config.n_head for _, config in HUB.values()}
     n_head = said.get("n_head", published.get(n_embd))
     if n_head is None:
@@ -195,6 +199,8 @@ def load_gpt2(name_or_path, dropout=0.1):
         expected = tuple(reversed(expected)) if transposed else tuple(expected)
         if tuple(tensor.shape) != expected:
             raise UserError(f"{path}: {key} is {tuple(tensor.shape)}, expected {expected}")
+        if not tensor.isfinite().all():
+            raise UserError(f"{path}: {key} has numbers that are not finite")
         state[key] = (tensor.t() if transposed else tensor).contiguous()
     for key, tensor in tensors.items():  # what may be left: the tied head and the causal masks
         if key == "lm_head.weight" and (
@@ -252,7 +258,8 @@ def talk(gpt, prompt, n, tokens, encoding, seed=0):
     out = gpt.generate(start, n, temperature=0.8, top_k=40, generator=generator)
     device = gpt.wte.weight.device
     with torch.autocast(device.type, torch.bfloat16, choose_dtype(device) == "bf16"):
-        return encoding.decode(out[0].tolist()), math.exp(text_loss(gpt, tokens))
+        loss = min(text_loss(gpt, tokens), 700.0)  # e to more is infinite
+        return encoding.decode(out[0].tolist()), math.exp(loss)
 
 
 def main():

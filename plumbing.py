@@ -163,7 +163,7 @@ class StopSignals:
     def note(self, number, frame):
         self.number = number
         self.restore()
-        print(f"{self.what}; once more to leave at once", file=sys.stderr, flush=True)
+        print(f"\n{self.what}; once more to leave at once", file=sys.stderr, flush=True)
 
     def restore(self):
         for number, handler in self.before.items():
@@ -185,6 +185,9 @@ class Parser(argparse.ArgumentParser):
         )
 
     def error(self, message):
+        if typed := re.match(r"unrecognized arguments: (--[\w-]+)", message):
+            near = difflib.get_close_matches(typed[1], self._option_string_actions, 1)
+            message += f"; did you mean {near[0]}?" if near else ""
         raise UserError(f"{message}; see {self.prog} --help")
 
 

@@ -168,6 +168,11 @@ def let_go(folder):
         file.close()
 
 
+def stamp(path):
+    """By which a file can be known again: when it was written; None if there is none."""
+    return path.stat().st_mtime_ns if path.is_file() else None
+
+
 def read_run(path, typed, config):
     """What --resume goes on with: (config.json's dictionary, that of save_run or None).
 
@@ -177,9 +182,14 @@ def read_run(path, typed, config):
     folder = Path(path)
     for name in typed:
         flag = "--" + name.replace("_", "-")
-        raise UserError(f"{flag} is as it was when the run began; --resume takes no other flag")
-    if folder.is_dir() and (links := [p.name for p in folder.iterdir() if p.is_symlink()]):
-        raise UserError(f"{folder} has a link in it, {links[0]}: it could lead anywhere; remove it")
+        why = "is as it was when the run began; --resume takes --env-module and --skip-bad-steps"
+        raise UserError(f"{flag} {why}, and no other flag")
+    for path in folder.iterdir() if folder.is_dir() else ():
+        if path.is_symlink():
+            why = f"a link in it, {path.name}: it could lead anywhere"
+            raise UserError(f"{folder} has {why}; remove it")
+        if not (path.is_file() or path.is_dir()):
+            raise UserError(f"{path} is no ordinary file, and could be read for ever; remove it")
     if (folder / "result.json").is_file():
         raise UserError(f"{folder} is finished; its score is in {folder / 'result.json'}")
     try:
@@ -199,7 +209,8 @@ def read_run(path, typed, config):
     begun["settings"]["resume"] = ""  # the one field that is not kept
     check_kinds(begun["settings"], config, folder)
     del begun["settings"]["resume"]
-    if not (folder / RESUME).is_file():
+    begun["stamp"] = stamp(folder / RESUME)  # of what is read here, before the run is held
+    if begun["stamp"] is None:
         return begun, None
     try:
         saved = load_tensors(folder / RESUME)
@@ -211,7 +222,7 @@ def read_run(path, typed, config):
         if not isinstance(saved[name], kind) or (kind is int and saved[name] < 0):
             why = f"{name} in it is no {kind.__name__} that could be"
             raise UserError(f"{folder / RESUME} is damaged: {why}; delete it to start anew")
-    check_evaluations(folder / RESUME, saved["evaluations"])
+    check_evaluations(folder / RESUME, saved["evaluations"], len(begun["settings"]["targets"]))
     if saved["step"] > begun["settings"]["steps"]:
         raise UserError(f"{folder / RESUME} is damaged: its step; delete it to start anew")
     return begun, saved
@@ -230,12 +241,12 @@ def load_optimiser(optimiser, state):
                 raise ValueError("its tensors are not the weights'")
 
 
-def check_evaluations(path, evaluations):
-    """Raises UserError unless these are evaluations, all of the same targets."""
+def check_evaluations(path, evaluations, n_targets):
+    """Raises UserError unless these are evaluations, each of so many targets."""
     try:
         for e in evaluations:
             sound = all(is_number(r[name]) for r in e["results"] for name in RESULT)
-            alike = len(e["results"]) == len(evaluations[0]["results"]) > 0
+            alike = len(e["results"]) == n_targets
             lists = all(type(r.get("failed", [])) is list for r in e["results"])
             if not sound or not alike or not lists or type(e["step"]) is not int:
                 raise TypeError
@@ -259,6 +270,8 @@ def continue_run(path, begun, saved, data, base, world):
     if begun["base"].get("text") != base["text"]:
         raise UserError(f"{folder} was begun on another text: {begun['chosen']['text']}")
     hold(folder)
+    if (folder / "result.json").is_file() or stamp(folder / RESUME) != begun.pop("stamp"):
+        raise UserError(f"{folder} was gone on with by another process meanwhile; look again")
     if read_json(folder / "config.json")["settings"] != begun["settings"]:  # --skip-bad-steps
         let_go(folder)  # its lock is of the file that is replaced
         write_json(folder / "config.json", begun)

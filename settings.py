@@ -193,6 +193,8 @@ def check(settings):
         raise UserError("--similarity is to pre-trained words; without: --similarity 0")
     if settings["cooldown"] > 1:
         raise UserError(f"--cooldown is {settings['cooldown']:g}, but is a share: at most 1")
+    if settings["targets"] == []:
+        raise UserError("--targets is empty: give one at least")
     check_numbers(settings, MAY_BE_ZERO)
     check_writable(settings["out"], "--out")
     world = int(os.environ.get("WORLD_SIZE", 1))

@@ -43,7 +43,10 @@ def read_space(text):
                 raise UserError(f"a space of {printable(str(kind)[:40])} is not supported")
             shape = part.get("shape", [])
             n = part.get("n", 0)
-            sizes = [math.prod(shape), *(n if isinstance(n, list) else [n])]
+            counts = n if isinstance(n, list) else [n]
+            if any(type(size) is not int or size < 0 for size in [*shape, *counts]):
+                raise UserError("a space whose sizes are no whole numbers is not supported")
+            sizes = [math.prod(shape), *counts]
             if max(sizes) > MOST_NUMBERS:
                 raise UserError(f"a space of {max(sizes)} numbers or choices is not supported")
             picture = kind == "uint8" and len(shape) == 3 and min(shape[:2]) >= SMALLEST_PICTURE

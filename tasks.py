@@ -220,7 +220,8 @@ def task_of_dataset(name):
 TRUSTED = {"gymnasium", "gymnasium_robotics", "ale_py", "minigrid", "reacher2d"}  # to be imported
 NAMED = set()  # by the user: these may be set up with paths, too
 LARGEST_ARGUMENT = 1_000_000  # whole number that a file may set an environment up with
-MOST_SKIPPED = 1000  # frames or steps of physics within one step
+MOST_SKIPPED = 1000  # frames or steps of physics within one step, over the wrappers too
+LEAST_SCALE = 1e-6  # between a random and an expert return that scores are told by
 MOST_LETTERS = 10_000  # of all arguments, with the numbers of their lists
 MOST_WRAPPERS = 20  # around an environment
 LARGEST_OF_WRAPPERS = 100_000  # likewise a wrapper: some make that many copies of an observation
@@ -278,10 +279,15 @@ def find_environment(task, dataset):
     if expert is None:
         metadata = dataset.storage.metadata
         random, expert = metadata.get("ref_min_score"), metadata.get("ref_max_score")
-    if not (is_number(random) and is_number(expert)) or random == expert:
+    if not is_scale(random, expert):
         random = expert = None
         note += "; no reference returns, so scores are plain returns"
     return Environment(spec, dataset.observation_space, done, random, expert), note
+
+
+def is_scale(random, expert):
+    """Whether two mean returns are numbers so far apart that scores can be told by them."""
+    return is_number(random) and is_number(expert) and abs(expert - random) >= LEAST_SCALE
 
 
 def trust(module):
@@ -332,12 +338,12 @@ def check_arguments(spec):
 
     They are what would take the memory or much time, and paths, for what they name would be read.
     """
-    letters = 0
+    letters, skipped = 0, 1
     module = str(spec.entry_point).partition(":")[0]
     named = {module, module.partition(".")[0]} & NAMED
 
     def look(value, most):
-        nonlocal letters
+        nonlocal letters, skipped
         letters += len(value) if isinstance(value, dict | list | tuple | str) else 1
         if letters > MOST_LETTERS:
             raise UserError(f"{spec.id} is recorded with more arguments than are read")
@@ -346,6 +352,8 @@ def check_arguments(spec):
                 look(part, MOST_SKIPPED if "skip" in str(key) else most)
         elif isinstance(value, int) and abs(value) > most:
             raise UserError(f"{spec.id} is recorded with {value} among its arguments: too large")
+        elif isinstance(value, int) and most == MOST_SKIPPED:
+            skipped *= max(1, value)
         elif isinstance(value, str) and {"/", "\\"} & {*value} and not named:
             why = f"if you trust what is there, add --env-module {module}"
             raise UserError(f"{spec.id} is recorded with the path {printable(value)}; {why}")
@@ -356,6 +364,8 @@ def check_arguments(spec):
     for wrapper in spec.additional_wrappers:
         numbers = [x for x in (wrapper.kwargs or {}).values() if isinstance(x, int) and x > 1]
         together *= math.prod(numbers)
+    if skipped > MOST_SKIPPED:
+        raise UserError(f"{spec.id} is recorded with steps of {skipped} frames: too many")
     if together > LARGEST_OF_WRAPPERS or len(spec.additional_wrappers) > MOST_WRAPPERS:
         raise UserError(f"{spec.id} is recorded with wrappers that make too much together")
 
@@ -419,13 +429,9 @@ def pack(environment):
 
 def unpack(packed):
     """The Environment that `pack` made text of. Raises what JSON, gymnasium and Minari do."""
-    for name in ("random", "expert"):
-        if packed[name] is not None and not is_number(packed[name]):
-            raise ValueError(f"{name} is no return")
-    if (packed["random"] is None) != (packed["expert"] is None):
-        raise ValueError("of the random and the expert return one is missing")
-    if packed["expert"] is not None and packed["random"] == packed["expert"]:
-        raise ValueError("the random and the expert return are the same")
+    random, expert = packed["random"], packed["expert"]
+    if not (random is expert is None or is_scale(random, expert)):
+        raise ValueError("its random and its expert return are none, or the same")
     parse_json(packed["spec"])  # for the size of its numbers
     return Environment(
         EnvSpec.from_json(packed["spec"]),

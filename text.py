@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from files import locked, write_atomically
+from files import check_regular, locked, write_atomically
 from plumbing import UserError, first_line, network_available
 
 WIKITEXT = "Salesforce/wikitext"  # on the hub: WikiText-103 (Merity et al. 2017), raw, CC BY-SA
@@ -147,11 +147,14 @@ def tokenise(path, encoding):
     """
     path = Path(path)
     try:
+        check_regular(path)
         with open(path, "rb") as file:
             digest = hashlib.file_digest(file, "sha256").hexdigest()
         size = path.stat().st_size
     except OSError as error:
         raise UserError(f"cannot read the text {path}: {error.strerror}") from error
+    except ValueError as error:
+        raise UserError(f"cannot read the text {path}: {error}") from error
     if size == 0:
         raise UserError(f"the text {path} is empty")
     cached = cache_folder() / "tokens" / f"{digest[:32]}-{encoding.name}.bin"

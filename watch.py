@@ -211,7 +211,7 @@ def film(play, environment, targets, seed, paths):
     results = play(targets, 1, seed, progress=True, watch=watch, render_mode="rgb_array")
     for sink in sinks:
         shown = sink.save()
-        print(f"{sink.path}: {shown}, {sink.rate:g} a second ({fps:g} steps)")
+        print(f"{sink.path}: {shown}, {sink.rate:g} a second, for {fps:g} steps")
     return results
 
 

@@ -136,7 +136,12 @@ def draw_curves(path, heading, cells, colours):
             band(axis, x, curves, text, colours[name])
             axis.set_xlim(0, 100)
             axis.set_xticks([0, 50, 100], ["0", "50", "100"])
-            axis.set_title(text.replace(", ", ",\n"), fontsize=7)
+            for number, side in zip(
+                axis.get_xticklabels(), ("left", "center", "right"), strict=True
+            ):
+                number.set_ha(side)  # so that neighbours' do not touch
+            names = [textwrap.fill(part, 17) for part in text.split(", ")]
+            axis.set_title(",\n".join(names), fontsize=7)
             axis.tick_params(labelbottom=i + columns >= len(cells), labelleft=i % columns == 0)
 
 
@@ -197,10 +202,11 @@ def draw_iqm(path, panels, colours):
     heights = [0.65 + 0.13 * heading.count("\n") + 0.2 * len(lines) for heading, lines in panels]
     with drawing(path, sum(heights), len(panels)) as (_, axes):
         axes[0, 0].get_gridspec().set_height_ratios(heights)
+        bar = dict(linewidth=4, alpha=0.35, solid_capstyle="butt")  # no longer than the interval
         for axis, (heading, lines) in zip(axes[:, 0], panels, strict=True):
             for y, (method, (mean, low, high)) in enumerate(lines.values()):
                 if low is not None:
-                    axis.plot([low, high], [y, y], color=colours[method], linewidth=4, alpha=0.35)
+                    axis.plot([low, high], [y, y], color=colours[method], **bar)
                 axis.plot(mean, y, "o", color=colours[method], markersize=4.5)
             axis.set_yticks(range(len(lines)), list(lines), fontsize=7)
             axis.set_ylim(len(lines) - 0.4, -0.6)

@@ -13,14 +13,23 @@ import math
 from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 
 import torch
 
 from experiments.bench import SIZES, make_lamo, our_step, selection, synthetic
 from experiments.measure import BATCH, CONTEXT, NAMES, seconds
-from files import write_atomically
+from files import check_writable, write_atomically
 from lora import merged
-from plumbing import Parser, UserError, choose, choose_device, choose_dtype, run_command
+from plumbing import (
+    Parser,
+    UserError,
+    choose,
+    choose_device,
+    choose_dtype,
+    counted,
+    run_command,
+)
 from windows import sample_windows
 
 TRANSITIONS = (10_000, 100_000, 1_000_000, 10_000_000)
@@ -107,12 +116,16 @@ def main():
     add("--json", metavar="FILE", help="write the rows there, too")
     add("--plot", metavar="FILE", help="draw them there, as PNG")
     args = parser.parse_args()
+    for flag, path in (("--json", args.json), ("--plot", args.plot)):
+        if path:  # better now than after the measuring
+            check_writable(Path(path).parent, flag)
     device = choose_device(args.device)
     name = args.model or ("gpt2" if device.type == "cuda" else "mini")
     choose("model", name, SIZES)
     dtype = torch.bfloat16 if choose_dtype(device) == "bf16" else torch.float32
     mode, repeats = ("default", 50) if device.type == "cuda" else ("eager", SIZES[name].repeats)
-    print(f"{device}, {torch.get_num_threads()} threads, {NAMES[dtype]}, torch {torch.__version__}")
+    threads = counted(torch.get_num_threads(), "thread")
+    print(f"{device}, {threads}, {NAMES[dtype]}, torch {torch.__version__}")
     print(f"{'what grows':<26}{'to':>12}  {'timed':<22}{'ms':>11}{'exponent':>10}")
     rows = []
     for grows, timed, value, taken in grow(name, device, dtype, mode, repeats):

@@ -9,6 +9,7 @@ DQN, written down each time it was full.
 import gzip
 import zlib
 from importlib.metadata import version
+from itertools import pairwise
 from pathlib import Path
 
 import gymnasium as gym
@@ -16,8 +17,9 @@ import h5py
 import numpy as np
 from tqdm import tqdm
 
+from evaluate import LONGEST_EPISODE
 from experiments.write_dataset import dataset_folder, write_dataset
-from files import check_hdf5
+from files import check_hdf5, check_memory, check_regular
 from plumbing import UserError, choose, counted, first_line
 from spaces import FRAME
 
@@ -56,6 +58,7 @@ def read_d4rl(path):
                         f"{path}: {key} is {file[key]}, but expected {D4RL_DIMENSIONS[key]} "
                         "dimensions of numbers"
                     )
+            check_memory(sum(file[key].nbytes for key in keys), path)
             arrays = {key: file[key][()] for key in keys}
     except (OSError, RuntimeError, KeyError, ValueError) as error:  # h5py's
         raise UserError(f"{path} is no readable HDF5 file: {first_line(error)}") from error
@@ -133,12 +136,11 @@ def import_d4rl(path, name, task, quality):
 def open_npy(path):
     """A gzipped .npy file, open behind its header: (file, shape, dtype). Raises UserError."""
     try:
+        check_regular(path)
         file = gzip.GzipFile(path)
-        read_header = {
-            (1, 0): np.lib.format.read_array_header_1_0,
-            (2, 0): np.lib.format.read_array_header_2_0,
-        }[np.lib.format.read_magic(file)]
-        shape, fortran, dtype = read_header(file)
+        if np.lib.format.read_magic(file) != (1, 0):  # others are for headers beyond 64 KiB
+            raise ValueError("it is no plain array")
+        shape, fortran, dtype = np.lib.format.read_array_header_1_0(file)
     except Exception as error:  # gzip's, zlib's and NumPy's parser's own kinds
         raise UserError(f"{path} is no gzipped array: {first_line(error)}") from error
     if fortran or dtype.hasobject:
@@ -175,7 +177,7 @@ def dqn_checkpoints(folder):
     if not folder.is_dir():
         raise UserError(f"there is no folder {folder}")
     numbers = [f.name.split(".")[-2] for f in folder.glob("$store$_observation_ckpt.*.gz")]
-    numbers = sorted(int(number) for number in numbers if number.isdecimal())
+    numbers = sorted({int(number) for number in numbers if number.isdecimal()})
     if not numbers:
         raise UserError(f"{folder} has no $store$_observation_ckpt.N.gz, as DQN-replay names them")
     found = [{k: folder / f"$store$_{k}_ckpt.{i}.gz" for k in DQN_KINDS} for i in numbers]
@@ -183,9 +185,10 @@ def dqn_checkpoints(folder):
         for file in files.values():
             if not file.is_file():
                 raise UserError(f"{folder} lacks {file.name}")
-    absent = sorted(set(range(numbers[0], numbers[-1])) - set(numbers))
-    if absent:
-        print(f"note: {folder} has no checkpoint {', '.join(map(str, absent))}; imported without")
+    for before, after in pairwise(numbers):
+        if after > before + 1:
+            gap = f"no checkpoint between {before} and {after}"
+            print(f"note: {folder} has {gap}; imported without")
     return found
 
 
@@ -243,6 +246,8 @@ def dqn_episodes(checkpoints, n_actions, about):
                 elif len(episode["reward"]):
                     yield episode
             kept.append({key: values[begin:].copy() for key, values in part.items()})
+            if sum(len(piece["reward"]) for piece in kept) > LONGEST_EPISODE:
+                raise UserError(f"{files['terminal']}: no episode ends in {LONGEST_EPISODE} steps")
         about["left_out"] += sum(len(piece["reward"]) for piece in kept)
 
 

@@ -11,8 +11,9 @@ import torch
 
 import settings
 from experiments import baselines
-from files import parse_json, read_json, write_json
-from plumbing import printable
+from files import check_size, parse_json, read_json, write_json
+from plumbing import UserError, printable
+from run_folder import hold, let_go
 
 ROOT = Path(__file__).resolve().parent.parent
 ALGORITHMS = ("bc", "td3bc", "iql", "cql", "bcq", "nfq")  # the others are train.py's methods
@@ -50,11 +51,17 @@ def state_of(folder):
 
 
 def begin_or_go_on(run, out, flags):
-    """The process that brings a run to its end, whatever has become of it so far."""
+    """The process that brings a run to its end, whatever has become of it so far.
+
+    Raises UserError where another process is still at work on a run that would begin anew.
+    """
     folder = Path(out) / name_of(run)
     if state_of(folder) == "interrupted":
         if run["method"] not in ALGORITHMS and (folder / "config.json").is_file():
             return [sys.executable, "train.py", "--resume", str(folder.absolute())]
+        if (folder / "config.json").is_file():
+            hold(folder)
+            let_go(folder)
         shutil.rmtree(folder)  # a baseline's, or one that had not really begun
     return [*command_of(run, out, flags), "--name", name_of(run)]
 
@@ -69,8 +76,13 @@ def carry_out(run, out, flags, threads, at_work=None):
     log.parent.mkdir(parents=True, exist_ok=True)
     environment = {"OMP_NUM_THREADS": str(threads)} | dict(os.environ)
     with open(log, "w") as file:
+        try:
+            command = begin_or_go_on(run, out, flags)
+        except UserError as error:
+            file.write(f"error: {error}\n")
+            return 2
         process = subprocess.Popen(
-            begin_or_go_on(run, out, flags),
+            command,
             cwd=ROOT,
             env=environment,
             stdout=file,
@@ -95,6 +107,7 @@ def progress_of(run, out):
     folder = Path(out) / name_of(run)
     try:
         steps = int(read_json(folder / "config.json")["settings"]["steps"])
+        check_size(folder / "log.jsonl")
         rows = (folder / "log.jsonl").read_text().splitlines()
     except (OSError, ValueError, KeyError, TypeError):
         return 0, 0, 0.0
@@ -133,17 +146,28 @@ def seconds_a_step(run, out, flags, threads):
             if done.returncode:
                 words = done.stderr.strip().splitlines() or ["no word"]
                 FAILING[key] = words[-1].removeprefix("error: ")
+                print(f"{name_of(run)} will fail: {printable(FAILING[key])}", flush=True)
             else:
                 _, _, known[key] = progress_of(run, aside)
                 write_json(kept, known)
-    if key in FAILING:
-        print(f"{name_of(run)} will fail: {printable(FAILING[key])}", flush=True)
     return known.get(key)
+
+
+def values_of(flags):
+    """{"--name": its values} of a run's flags; none for one that stands alone."""
+    values = {}
+    for word in flags:
+        if word.startswith("--"):
+            values[word] = latest = []
+        else:
+            latest.append(word)
+    return values
 
 
 def steps_of(run, flags):
     """How many steps a run will take: as typed, or the preset's."""
-    if "--steps" in flags[:-1]:
-        return int(flags[flags.index("--steps") + 1])
+    typed = values_of(flags).get("--steps", [])
+    if len(typed) == 1 and typed[0].isdecimal():
+        return int(typed[0])
     presets = baselines if run["method"] in ALGORITHMS else settings
     return (presets.PAPER if torch.cuda.is_available() else presets.SHORT)["steps"]

@@ -30,8 +30,15 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from checkpoint import check_finite
-from files import check_writable, clear_unfinished, load_tensors, save_tensors, write_atomically
-from load_gpt2 import HUB, MINI_CONFIG, fingerprint, save_gpt2
+from files import (
+    check_memory,
+    check_writable,
+    clear_unfinished,
+    load_tensors,
+    save_tensors,
+    write_atomically,
+)
+from load_gpt2 import HUB, MINI_CONFIG, fingerprint, read_config, save_gpt2
 from model import GPT, GPTConfig, text_loss
 from plumbing import (
     StopSignals,
@@ -59,6 +66,8 @@ FORMAT = "lamo-pretraining-2"  # what a .state.pt says it is
 SAVED = {"settings": dict, "step": int, "model": dict, "optimiser": dict, "texts": dict}
 SAVED |= {"generator": torch.Tensor, "dropout": torch.Tensor, "summed": torch.Tensor}
 SAVED |= {"steps_summed": int, "log": list, "dropout_cuda": object}  # what is in it, and its kind
+SHAPE = ("n_layer", "n_head", "n_embd", "vocab_size")  # settings that are seen in the weights
+MOST_TEXTS = 1000  # files
 LARGEST = 1e15  # of the log's numbers
 ROW = {"step", "loss", "lr", "perplexity", "bits_per_byte"}  # of the log: numbers
 
@@ -132,6 +141,10 @@ def resolve(typed):
     settings["out"] = str(Path(settings["out"]).absolute())  # --resume may be called elsewhere
     for name in ("text", "heldout"):
         settings[name] = [str(Path(path).absolute()) for path in settings[name]]
+    if len(settings["text"] + settings["heldout"]) > MOST_TEXTS:
+        raise UserError(f"--text and --heldout name more than {MOST_TEXTS} files; join some")
+    blocks = settings["batch"] * settings["block_size"]
+    check_memory(3 * 8 * blocks, f"--batch {settings['batch']}")  # as int64, and two copies
     if settings["n_embd"] % settings["n_head"]:
         wrong = f"--n-embd {settings['n_embd']} is not a multiple of"
         raise UserError(f"{wrong} --n-head {settings['n_head']}")
@@ -162,6 +175,17 @@ def read_state(path):
     state["settings"] = resolve(settings)
     if not 0 <= state["step"] <= settings["steps"] or state["steps_summed"] < 0:
         raise UserError(f"{path} is damaged: its step")
+    if not state["log"] and state["step"] >= min(settings["eval_every"], settings["steps"]):
+        raise UserError(f"{path} is damaged: its log")
+    summed = state["summed"]
+    if summed.shape or summed.dtype != torch.float32 or not summed.isfinite():
+        raise UserError(f"{path} is damaged: its losses")
+    tensors, said = state["model"], {name: settings[name] for name in SHAPE}
+    if not all(torch.is_tensor(tensor) for tensor in tensors.values()):
+        raise UserError(f"{path} is damaged: its weights")
+    found = read_config(Path(path), tensors, {"config": json.dumps(said)})  # before one is made
+    if found.block_size != settings["block_size"]:
+        raise UserError(f"{path} is damaged: its block_size")
     return state
 
 
@@ -218,6 +242,8 @@ def main():
     encoding = get_encoding(c.vocab_size)
     if rank > 0:
         dist.barrier()  # the first process tokenises, the others read what it wrote
+    size = sum(Path(path).stat().st_size for path in [*c.text, *c.heldout] if Path(path).is_file())
+    check_memory(3 * size, "the texts")  # two bytes a token, and one more copy
     tokens = np.concatenate([tokenise(path, encoding) for path in c.text])
     heldout = np.concatenate([tokenise(path, encoding) for path in c.heldout])
     if rank == 0 and world > 1:

@@ -4,6 +4,7 @@ A run's score is computed anew from its log, by the protocol of run_folder.final
 be counted is left out, and what is odd is remarked on, each in one line.
 """
 
+import hashlib
 import json
 import math
 import re
@@ -13,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
-from files import parse_json, read_json
+from files import check_size, parse_json, read_json
 from plumbing import UserError, is_number
 from run_folder import final_result
 
@@ -22,6 +23,8 @@ FREE = ("seed", "device", "compile", "log_every", "out", "name", "resume", "tens
 FREE += ("deterministic", "env_module", "skip_bad_steps")
 PLACE = ("env", "method", "algo", "ratio", "mode", "dataset", "quality")  # what a table shows
 MOST_EVALUATIONS = 100_000  # of a run
+LARGEST = 1e15  # of its scores and losses
+LONGEST_NAME = 200  # letters of a task, a method, a dataset
 NOT_RUNS = ("logs", "submitit")  # sweep.py's own folders beside the runs
 
 
@@ -64,6 +67,7 @@ class Cell:
 def read_log(path, remarks):
     """The rows of a log.jsonl; lines that are not whole are remarked on and left out."""
     rows, damaged = [], []
+    check_size(path)
     for number, line in enumerate(path.read_text(errors="replace").splitlines(), 1):
         try:
             row = parse_json(line)
@@ -105,8 +109,13 @@ def read_run(folder, remarks):
             lm=lm,
             steps=steps,
         )
-        numbers = [settings["ratio"], run["seed"], run["data_score"], steps, every]
-        if not all(map(is_number, numbers)) or not 0 <= steps / every < MOST_EVALUATIONS:
+        numbers = [run["seed"], run["data_score"], steps, every]
+        sound = all(is_number(x) and abs(x) < LARGEST for x in numbers)
+        names = [run["method"], lm, *(x for x in run["row"] if isinstance(x, str))]
+        sound = sound and max(map(len, names)) <= LONGEST_NAME
+        if not sound or not is_number(settings["ratio"]) or not 0 < settings["ratio"] <= 1:
+            raise ValueError
+        if not 0 <= steps / every < MOST_EVALUATIONS:
             raise ValueError
         expected = {*range(every, steps + 1, every), steps}
     except OSError as error:
@@ -115,17 +124,22 @@ def read_run(folder, remarks):
         raise UserError(f"{folder}: config.json is not of this project, or damaged") from error
     if not (folder / "log.jsonl").is_file():
         raise UserError(f"{folder}: left out, for it has no log.jsonl")
-    log = read_log(folder / "log.jsonl", remarks)
+    try:
+        log = read_log(folder / "log.jsonl", remarks)
+    except (OSError, ValueError) as error:
+        raise UserError(f"{folder}: left out, for its log.jsonl cannot be read: {error}") from error
     if not (folder / "result.json").is_file():
         last = max((row["step"] for row in log), default=0)
-        raise UserError(f"{folder}: left out, for it is not finished (step {last} of {steps})")
+        where = "it has no result.json" if last == steps else "it is not finished"
+        raise UserError(f"{folder}: left out, for {where} (its log is of {last} of {steps} steps)")
     evaluations = [
         {"step": row["step"], "results": row["evaluation"]} for row in log if "evaluation" in row
     ]
     missing = sorted(expected - {e["step"] for e in evaluations})
     if missing:
-        where = ", ".join(map(str, missing))
-        raise UserError(f"{folder}: left out, for its log lacks the evaluation at step {where}")
+        n = "" if len(missing) == 1 else f"{len(missing)} evaluations, as "
+        where = f"{n}the evaluation at step {missing[0]}"
+        raise UserError(f"{folder}: left out, for its log lacks {where}")
     try:
         bad = [e["step"] for e in evaluations for r in e["results"] if not is_number(r["score"])]
         if bad:
@@ -135,7 +149,8 @@ def read_run(folder, remarks):
         curve = [(e["step"], e["results"][best]["score"]) for e in evaluations]
         language = [(r["step"], r["lm_loss"]) for r in log if r.get("lm_loss") is not None]
         said = read_json(folder / "result.json")["score"]
-        if not is_number(said) or not all(is_number(loss) for _, loss in language):
+        drawn = [said, *(score for _, score in curve), *(loss for _, loss in language)]
+        if not all(is_number(x) and abs(x) < LARGEST for x in drawn):
             raise ValueError
     except (ValueError, KeyError, TypeError, IndexError) as error:
         raise UserError(f"{folder}: left out, for its log or result is damaged") from error
@@ -164,7 +179,7 @@ def words(text):
 
 def read_runs(folders):
     """(Runs, remarks) of folders that hold run folders, or are some. Raises UserError for none."""
-    runs, remarks = [], []
+    runs, remarks, seen = [], [], set()
     for top in map(Path, folders):
         if not top.is_dir():
             raise UserError(f"{top} is not a folder; give the one that train.py's --out names")
@@ -172,7 +187,11 @@ def read_runs(folders):
         found = [p for p in inner if p.is_dir() and p.name not in NOT_RUNS]
         if not found:
             remarks.append(f"{top}: no run in it")
-        for folder in found:
+        new = [p for p in found if p.resolve() not in seen]
+        if len(new) < len(found):
+            remarks.append(f"{top}: what was given before is counted once")
+        seen |= {p.resolve() for p in new}
+        for folder in new:
             try:
                 runs.append(read_run(folder, remarks))
             except UserError as error:
@@ -208,7 +227,9 @@ def written(name, value):
         return words(Path(str(value)).stem)
     if name == "weights":
         return words(f"weights {str(value)[:8]}")
-    value = " ".join(map(str, value)) if isinstance(value, list) else value
+    value = str(" ".join(map(str, value)) if isinstance(value, list) else value)
+    if len(value) > LONGEST_NAME:  # by what it can still be told from another one
+        value = f"of SHA-256 {hashlib.sha256(value.encode()).hexdigest()[:8]}"
     return words(f"{name} {value}")
 
 

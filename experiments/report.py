@@ -259,16 +259,17 @@ def report_text(cells, remarks, aggregates, drawn, paper, command):
     others = [name for name in names if name not in NAMES]
     n_runs = sum(len(cell.runs) for cell in cells.values())
     usual = max(len(cell.runs) for cell in cells.values())
+    often = "" if usual == 1 else f", {usual} where it does not say otherwise"
     lms = sorted({Path(run.lm).stem for cell in cells.values() for run in cell.runs} - {"none"})
     made_by = ["", f"`{command}`", ""]
     made_of = f"{counted(n_runs, 'run')}; language models: {', '.join(lms) or 'none'}."
     text = ["# Report", "", made_of, ""]
     text += [
         "A run's score is its best target's mean over the evaluations in the last 20 % of the "
-        f"steps. A cell is mean ± standard deviation over seeds, {usual} where it does not say "
-        "otherwise; **bold** is a line's best mean. *Paper* is arXiv 2310.20587's figure: other "
-        "data (D4RL v2, DQN replay) and GPT-2 small or medium, so it compares in kind only. "
-        "The last column is the mean return of the data themselves, as a score.",
+        f"steps. A cell is mean ± standard deviation over seeds{often}; **bold** is a line's best "
+        "mean. *Paper* is arXiv 2310.20587's figure: other data (D4RL v2, DQN replay) and GPT-2 "
+        "small or medium, so it compares in kind only. The last column is the mean return of the "
+        "data themselves, as a score.",
         "",
     ]
     if remarks:

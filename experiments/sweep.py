@@ -18,7 +18,7 @@ import sys
 import threading
 import time
 from contextlib import contextmanager
-from itertools import pairwise, product
+from itertools import product
 from pathlib import Path
 
 from tqdm import tqdm
@@ -34,6 +34,7 @@ from experiments.one_run import (
     seconds_a_step,
     state_of,
     steps_of,
+    values_of,
 )
 from files import check_writable, read_json
 from plumbing import Parser, StopSignals, UserError, choose, counted, is_number, run_command
@@ -84,27 +85,56 @@ STUDIES = {  # the paper's tables by their numbers in it, and what the README re
 
 def check_flags(runs, out, flags):
     """Raises UserError where a run that is there has another value of a flag that is given now."""
-    typed = {
-        name: value for name, value in pairwise(flags) if name[:2] == "--" and value[:2] != "--"
-    }
     for run in runs:
         try:
-            had = read_json(Path(out) / name_of(run) / "config.json")["settings"]
-            for name, value in typed.items():
-                before = had.get(name[2:].replace("-", "_"), value)
-                if isinstance(before, list) or str(before) == value:
-                    continue
-                if not is_number(before) or float(value) != before:
-                    why = f"was begun with {name} {before}, not {value}"
-                    raise UserError(f"{name_of(run)} {why}; give another --out")
-        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+            had = dict(read_json(Path(out) / name_of(run) / "config.json")["settings"])
+        except (OSError, ValueError, KeyError, TypeError):
             continue  # none yet, or none of ours: that is told elsewhere
+        for flag, now in values_of(flags).items():
+            name = flag.removeprefix("--").removeprefix("no-").replace("-", "_")
+            if name not in had or now == ["auto"]:
+                continue
+            before = had[name] if isinstance(had[name], list) else [had[name]]
+            same = len(before) == len(now) and all(map(alike, before, now))
+            if not same and (now or before != [not flag.startswith("--no-")]):
+                was = f"was begun with {name} {' '.join(map(str, before))}"
+                what = " ".join([flag, *now])
+                raise UserError(f"{name_of(run)} {was}, not {what}; give another --out")
+
+
+def alike(before, typed):
+    """Whether a flag's typed value is that of a setting."""
+    try:
+        return float(typed) == before if is_number(before) else str(before) == typed
+    except ValueError:
+        return False
+
+
+def flags_of(text):
+    """--flags as a list of words. Raises UserError for those that the sweep itself gives."""
+    try:
+        words = shlex.split(text)
+    except ValueError as error:
+        raise UserError(f"--flags {text}: {error}") from error
+    words = [
+        part for word in words for part in (word.split("=", 1) if word[:2] == "--" else [word])
+    ]
+    if words and words[0][:2] != "--":
+        raise UserError(f"--flags begins with {words[0]}, but a flag begins with --")
+    for flag in ("--env", "--method", "--algo", "--ratio", "--seed", "--lm", "--out", "--name"):
+        if flag in words:
+            own = {"--algo": "--method", "--name": "--out"}.get(flag, flag)
+            raise UserError(f"--flags has {flag}, which names the runs: give the sweep {own}")
+    return words
 
 
 def estimate(runs, out, flags, workers, threads):
-    """Print the runs and, from measured step times, how long they will take together."""
-    total = failing = 0.0
-    if runs:
+    """Print the runs and, from measured step times, how long they will take together.
+
+    Returns how many of them will fail.
+    """
+    total, failing = 0.0, 0
+    if any(not progress_of(run, out)[2] for run in runs):
         print(f"measuring {PROBE_STEPS} steps of each kind of run that is new", flush=True)
     for run in runs:
         folder = Path(out) / name_of(run)
@@ -115,13 +145,13 @@ def estimate(runs, out, flags, workers, threads):
             steps = steps or steps_of(run, flags)
         left = (steps - done) * (seconds or 0.0)
         total += left
-        print(
-            f"{state_of(folder):12} {name_of(run):45} {steps - done:7} steps {left / 60:6.1f} min"
-        )
+        time_left = "  fails" if seconds is None else f"{left / 60:6.1f} min"
+        print(f"{state_of(folder):12} {name_of(run):45} {steps - done:7} steps {time_left}")
     hours = total / workers / 3600
-    fails = f"; {failing:.0f} of them will fail" if failing else ""
+    fails = f"; {failing} of them will fail" if failing else ""
     at_once = f"{counted(len(runs), 'run')}, {workers} at a time"
     print(f"{at_once}: about {hours:.1f} h without evaluations{fails}")
+    return failing
 
 
 # --- running them --------------------------------------------------------------------------------
@@ -140,7 +170,8 @@ def run_locally(runs, out, flags, workers, threads):
                 run = waiting.pop()
             if carry_out(run, out, flags, threads, at_work) and not stop.number:
                 failed.append(run)
-                bar.write(f"failed: {name_of(run)}; the others go on")
+                others = "; the others go on" if len(runs) > 1 else ""
+                bar.write(f"failed: {name_of(run)}{others}")
 
     stop = StopSignals("stopping once the runs at work have saved what they have")
     pool = [threading.Thread(target=work, daemon=True) for _ in range(workers)]
@@ -240,7 +271,7 @@ def runs_of(arguments):
             raise UserError(f"--ratio has {run['ratio']:g}, but must be above 0 and at most 1")
     runs = list({name_of(run): run for run in runs}.values())
     if not runs:
-        raise UserError(f"no run of {arguments.study} is left by these flags")
+        raise UserError(f"no run of {arguments.study or 'that grid'} is left by these flags")
     return runs
 
 
@@ -261,8 +292,10 @@ def sweep(runs, out, flags, arguments):
     finished = [run for run in runs if state_of(Path(out) / name_of(run)) == "finished"]
     runs = [run for run in runs if run not in finished]
     print(f"{counted(len(finished), 'run')} finished already")
-    estimate(runs, out, flags, arguments.workers, arguments.threads)
+    failing = estimate(runs, out, flags, arguments.workers, arguments.threads)
     if arguments.dry_run or not runs:
+        if failing:
+            raise SystemExit(1)
         return
     if arguments.cluster:
         failed = run_on_cluster(runs, out, flags, arguments)
@@ -293,13 +326,19 @@ def main():
     add("--partition", help="SLURM's")
     add("--gpus", type=int, default=1, help="of a run on SLURM (default: 1)")
     add("--minutes", type=int, default=24 * 60, help="a run's limit there (default: a day)")
-    arguments = parser.parse_args()
+    words = sys.argv[1:]
+    if "--flags" in words[:-1]:  # argparse would take a lone "--x" behind it for a flag of its own
+        i = words.index("--flags")
+        words[i : i + 2] = [f"--flags={words[i + 1]}"]
+    arguments = parser.parse_args(words)
     if arguments.cluster:
         choose("cluster", arguments.cluster, ("slurm", "local"))
     if arguments.workers < 1:
         raise UserError(f"--workers is {arguments.workers}, but must be at least 1")
+    if arguments.threads is not None and arguments.threads < 1:
+        raise UserError(f"--threads is {arguments.threads}, but must be at least 1")
     arguments.threads = arguments.threads or max(1, (os.cpu_count() or 1) // arguments.workers)
-    runs, out, flags = runs_of(arguments), arguments.out, shlex.split(arguments.flags)
+    runs, out, flags = runs_of(arguments), arguments.out, flags_of(arguments.flags)
     check_writable(out, "--out")
     Path(out).mkdir(parents=True, exist_ok=True)
     with held(out):

@@ -342,7 +342,7 @@ def test_evaluate_refuses_what_is_no_checkpoint(error_of, checkpoint):
         ("--prompt x --corpus absent.txt", "there is no text absent.txt"),
     ):
         assert message in error_of(evaluate.main, "ckpt.pt", *flags.split(), out=None)
-    assert "must not be empty" in error_of(evaluate.main, "ckpt.pt", "--prompt", "", out=None)
+    assert "--prompt is empty" in error_of(evaluate.main, "ckpt.pt", "--prompt", "")
     assert "required: checkpoint" in error_of(evaluate.main)
 
 

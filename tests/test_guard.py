@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from evaluate import is_finite, rollout
+from evaluate import rollout, wrong_with
 from tasks import Environment
 
 SETTINGS = {"context": 2, "scale": 1.0, "mode": "normal", "dtype": "fp32", "episode_limit": 0}
@@ -22,7 +22,7 @@ class Fragile(gym.Env):
 
     def reset(self, *, seed=None, options=None):
         if seed is not None:
-            self.how = HOW.get(seed)
+            self.how, self.made = HOW.get(seed), seed % 5
         self.t = 0
         if self.how == "reset":
             raise OSError("no such simulator")
@@ -42,12 +42,23 @@ class Fragile(gym.Env):
                 observation[1] = 1e300
             if self.how == "a large reward":
                 reward = 1e300
+            if self.how == "shape":
+                observation = np.zeros(3)
+            if self.how == "nothing":
+                observation = None
+            if self.how == "no reward":
+                reward = None
         over = self.t == 10 and self.how != "no end"
-        return observation, reward, False, over, {"failed": False}  # a word of its own
+        info = {"failed": False, "contacts": np.zeros(self.made)}  # of other shapes in each
+        return observation, reward, False, over, None if self.how == "no info" else info
+
+    def close(self):
+        raise RuntimeError("the window is gone already")
 
 
 HOW = {51: "raise", 52: "reward", 53: "observation", 54: "reset", 55: "reset to NaN"}
 HOW |= {56: "a large observation", 57: "a large reward", 60: "no end"}
+HOW |= {70: "shape", 71: "nothing", 72: "no reward", 73: "no info"}
 gym.register("test/Fragile-v0", entry_point="tests.test_guard:Fragile")
 
 
@@ -86,13 +97,26 @@ def test_a_failing_episode_ends_alone_and_is_named(fragile):
             "episode 4, step 0: reset raised OSError: no such simulator",
             "episode 5, step 0: reset gave an observation that is not finite",
             "episode 1, step 3: raised RuntimeError: the physics exploded",
-            "episode 2, step 3: gave an observation or a reward (nan) that is not finite",
-            "episode 3, step 3: gave an observation or a reward (1.0) that is not finite",
-            "episode 6, step 3: gave an observation or a reward (1.0) that is not finite",
-            "episode 7, step 3: gave an observation or a reward (1e+300) that is not finite",
+            "episode 2, step 3: gave a reward (nan) that is not finite",
+            "episode 3, step 3: gave an observation that is not finite",
+            "episode 6, step 3: gave an observation that is not finite",
+            "episode 7, step 3: gave a reward (1e+300) that is not finite",
         ]
         assert result["cut"] == 0
         assert json.loads(json.dumps(result)) == result
+
+
+def test_what_no_space_describes_ends_its_episode_too(fragile):
+    (result,) = rollout(Still(), fragile, SETTINGS, STATS, [1.0], 5, seed=70)
+    assert result["returns"] == [3.0, 3.0, 3.0, 0.0, 10.0]
+    first, *others = result["failed"]
+    assert first.startswith("episode 3, step 0: raised ")  # by Gymnasium's own checker
+    assert others[:2] == [
+        "episode 0, step 3: gave an observation that is float64 (3,), not float64 (2,)",
+        "episode 1, step 3: gave an observation that is object (), not float64 (2,)",
+    ]
+    (third,) = others[2:]
+    assert third.startswith("episode 2, step 3: raised TypeError: ")
 
 
 def test_sound_episodes_are_told_as_such(fragile):
@@ -110,21 +134,32 @@ def test_a_stop_is_no_failure_of_the_environment(fragile, monkeypatch):
         rollout(Still(), fragile, SETTINGS, STATS, [1.0], 1)
 
 
+def box(*shape, dtype=np.float64):
+    return gym.spaces.Box(0, 1, shape, dtype)
+
+
+def nested(part):
+    return gym.spaces.Dict(a=box(2), b=gym.spaces.Tuple([box(1), gym.spaces.Dict(c=part)]))
+
+
 @pytest.mark.parametrize(
-    ("observation", "finite"),
+    ("space", "observation", "wrong"),
     [
-        (np.zeros(3), True),
-        (np.array([0.0, np.nan]), False),
-        (np.zeros((4, 4), np.uint8), True),
-        (7, True),
-        (float("inf"), False),
-        (np.array([1e300]), False),  # in the 32 bits that a model reads
-        ({"a": np.zeros(2), "b": (np.zeros(1), {"c": np.array([np.inf])})}, False),
-        ({"a": np.zeros(2), "b": (np.zeros(1), {"c": "words"})}, True),
+        (box(3), np.zeros(3), None),
+        (box(3), [0, 0, 7], None),  # out of its bounds, as many are
+        (box(3), np.zeros((1, 3)), "float64 (1, 3), not float64 (3,)"),
+        (box(2), np.array([0.0, np.nan]), "not finite"),
+        (box(1), np.array([1e300]), "not finite"),  # in the 32 bits that a model reads
+        (box(4, 4, dtype=np.uint8), np.zeros((4, 4), np.uint8), None),
+        (gym.spaces.Discrete(9), 7, None),
+        (gym.spaces.Discrete(9), float("inf"), "not finite"),
+        (nested(box(1)), {"a": np.zeros(2), "b": (np.zeros(1), {"c": [np.inf]})}, "not finite"),
+        (nested(box(1)), {"a": np.zeros(2), "b": (np.zeros(1),)}, "of 1 parts, not 2"),
+        (nested(gym.spaces.Text(9)), {"a": np.zeros(2), "b": ([0.0], {"c": "words"})}, None),
     ],
 )
-def test_finite_is_meant_of_every_number(observation, finite):
-    assert is_finite(observation) == finite
+def test_every_number_is_looked_at(space, observation, wrong):
+    assert wrong_with(space, observation) == wrong
 
 
 def test_a_run_counts_them(fragile, monkeypatch, tmp_path, capsys):

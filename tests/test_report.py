@@ -180,7 +180,7 @@ def test_what_cannot_be_counted_is_one_line_each_and_the_rest_is_reported(
         f"{runs / 'cut'}/log.jsonl: line 10 cannot be read",
         f"{runs / 'cut'}: left out, for its log lacks the evaluation at step 10",
         f"{runs / 'foreign'}: config.json is not of this project, or damaged",
-        f"{runs / 'going'}: left out, for it is not finished (step 4 of 10)",
+        f"{runs / 'going'}: left out, for it is not finished (its log is of 4 of 10 steps)",
         f"{runs / 'list'}: config.json is not of this project, or damaged",
         f"{runs / 'no-log'}: left out, for it has no log.jsonl",
         f"{runs / 'not-a-number'}: left out, for its score at step 6 is not a number",

@@ -4,6 +4,7 @@ Each was tried against this code and did harm once. What spoils sound files at r
 """
 
 import csv
+import fcntl
 import json
 import os
 import pickle
@@ -21,17 +22,19 @@ import torch
 from gymnasium.envs.registration import EnvSpec, WrapperSpec
 from safetensors.torch import load_file, save_file
 
+import train
 from checkpoint import read_checkpoint
 from data import find_dataset, read_dataset, read_frames
 from evaluate import make_vector_env
 from experiments import pretrain, report
-from experiments.one_run import name_of, progress_of
+from experiments.one_run import carry_out, last_lines, name_of, progress_of
 from files import check_hdf5, clear_unfinished, load_tensors, parse_json, read_json
 from load_gpt2 import load_gpt2
 from plumbing import UserError, run_command
-from run_folder import continue_run
+from run_folder import continue_run, let_go, read_run
 from spaces import read_space
-from tasks import Task, make_env
+from tasks import Task, make_env, unpack
+from text import get_encoding, tokenise
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -89,13 +92,22 @@ def test_pretraining_goes_on_beside_its_state_and_nowhere_else(tmp_path, monkeyp
     settings = pretrain.read_state(tmp_path / "x.state.pt")["settings"]
     assert settings["out"] == str(tmp_path / "x.safetensors")
     others = dict(batch="x", text=None, n_embd=5.5, n_head=3, steps=0, eval_every=0, micro_batch=0)
+    others |= dict(n_layer=10**9, block_size=99, vocab_size=9, text=["a"] * 2000)
     for name, value in others.items():
         wrong = state | {"settings": state["settings"] | {name: value}}
         torch.save(wrong, tmp_path / "x.state.pt")
         with pytest.raises(UserError):
             pretrain.read_state(tmp_path / "x.state.pt")
+    torch.save(state | {"settings": state["settings"] | {"batch": 10**10}}, tmp_path / "x.state.pt")
+    with pytest.raises(UserError, match="--batch 10000000000 would take"):
+        pretrain.read_state(tmp_path / "x.state.pt")
+    with pytest.raises(UserError, match="no ordinary file"):
+        tokenise("/dev/zero", get_encoding(257))
     large = [row | {"loss": 1e300} for row in state["log"]]
-    for part in ({"step": "x"}, {"log": 5}, {"log": [{"step": 1}]}, {"log": large}, {"step": 99}):
+    parts = [{"step": "x"}, {"log": 5}, {"log": [{"step": 1}]}, {"log": large}, {"step": 99}]
+    parts += [{"log": []}, {"summed": torch.zeros(5)}, {"summed": torch.zeros((), dtype=int)}]
+    parts += [{"model": state["model"] | {"wte.weight": 5}}, {"model": {}}]
+    for part in parts:
         torch.save(state | part, tmp_path / "x.state.pt")
         with pytest.raises(UserError):
             pretrain.read_state(tmp_path / "x.state.pt")
@@ -129,6 +141,13 @@ def test_a_number_of_a_pickle_is_bounded_too(tmp_path):
     assert load_tensors(tmp_path / "x.pt") == {"a": 1 - 2**63}
 
 
+@pytest.mark.parametrize("shape", [["a", 10**11], [[0], 10**11], [-1], [True], [1.5]])
+def test_a_space_of_sizes_that_are_no_numbers_is_not_made(shape):
+    told = {"type": "Box", "dtype": "float32", "shape": shape, "low": [0], "high": [1]}
+    with pytest.raises(UserError, match="sizes are no whole numbers"):
+        read_space(json.dumps(told))
+
+
 @pytest.mark.parametrize("dtype", ["(3000000,)f8", "S30000000", "object", "U9999999"])
 def test_a_space_of_odd_numbers_is_not_made(dtype):
     told = {"type": "Box", "dtype": dtype, "shape": [1], "low": [0], "high": [1]}
@@ -148,15 +167,28 @@ def stacked(*sizes):
     return dict(additional_wrappers=tuple(wrappers))
 
 
+def skipping(*sizes):
+    entry = "gymnasium.wrappers:MaxAndSkipObservation"
+    wrappers = [WrapperSpec("x", entry, {"skip": n}) for n in sizes]
+    return dict(additional_wrappers=tuple(wrappers))
+
+
 @pytest.mark.parametrize(
     "more",
     [
         stacked(1000, 4000),
         stacked(*[2] * 30),
         {"kwargs": {"frame_skip": 10**6}},
+        {"kwargs": {"frame_skip": 500}, **skipping(400, 2)},
         {"kwargs": {"desc": ["S" * 1000] * 1000}},
     ],
-    ids=["stacks of stacks", "many wrappers", "a step of a million", "a large map"],
+    ids=[
+        "stacks of stacks",
+        "many wrappers",
+        "a step of a million",
+        "steps in steps",
+        "a large map",
+    ],
 )
 def test_an_environment_that_asks_for_much_is_not_made(more):
     with pytest.raises(UserError, match="is recorded with"):
@@ -290,8 +322,8 @@ def test_layers_that_only_have_a_name_are_not_made(sound, tmp_path):
         ({"obs_std": torch.zeros(11)}, "obs_std is not of"),
         ({"model": {1: torch.zeros(2)}}, "lacks 1 as it should be"),
         ({"settings": {"targets": [1e300]}}, "the setting targets"),
-        ({"environment": {"random": 1.0, "expert": 1.0}}, "are the same"),
-        ({"environment": {"random": 1.0, "expert": float("nan")}}, "expert is no return"),
+        ({"environment": {"random": 1.0, "expert": 1.0}}, "are none, or the same"),
+        ({"environment": {"random": 1.0, "expert": float("nan")}}, "are none, or the same"),
     ],
 )
 def test_what_a_policy_could_not_act_with_is_refused(part, says, sound, tmp_path):
@@ -398,13 +430,65 @@ def test_a_sweep_reads_what_it_finds_with_care(file, content, steps, finished):
 def test_a_log_that_is_gone_is_missed(sound, tmp_path):
     """Else the run would end with a log that lacks its first steps."""
     shutil.copytree(sound / "run", tmp_path / "run")
-    begun = read_json(tmp_path / "run" / "config.json")
-    saved = load_tensors(tmp_path / "run" / "resume.pt")
+    begun, saved = read_run(tmp_path / "run", {}, train.Config)
     (tmp_path / "run" / "log.jsonl").unlink()
-
-    class Data:
-        def digest(self):
-            return begun["data"]["sha256"]
-
     with pytest.raises(UserError, match=r"log.jsonl is shorter than it was"):
-        continue_run(tmp_path / "run", begun, saved, Data(), begun["base"], begun["processes"])
+        go_on(tmp_path / "run", begun, saved)
+
+
+class Data:
+    def __init__(self, digest):
+        self.digest = lambda: digest
+
+
+def go_on(folder, begun, saved):
+    data = Data(begun["data"]["sha256"])
+    return continue_run(folder, begun, saved, data, begun["base"], begun["processes"])
+
+
+def test_a_run_that_another_process_ended_meanwhile_is_left_alone(sound, tmp_path):
+    """Between its reading and its holding: its log must not be cut."""
+    shutil.copytree(sound / "run", tmp_path / "run")
+    log = (tmp_path / "run" / "log.jsonl").read_bytes()
+    begun, saved = read_run(tmp_path / "run", {}, train.Config)
+    (tmp_path / "run" / "log.jsonl").write_bytes(log + b'{"step": 9}\n')
+    os.utime(tmp_path / "run" / "resume.pt", ns=(1, 1))
+    with pytest.raises(UserError, match="gone on with by another process meanwhile"):
+        go_on(tmp_path / "run", begun, saved)
+    let_go(tmp_path / "run")
+    begun, saved = read_run(tmp_path / "run", {}, train.Config)
+    (tmp_path / "run" / "result.json").write_text("{}")
+    with pytest.raises(UserError, match="gone on with by another process meanwhile"):
+        go_on(tmp_path / "run", begun, saved)
+    let_go(tmp_path / "run")
+    assert (tmp_path / "run" / "log.jsonl").read_bytes() == log + b'{"step": 9}\n'
+
+
+def test_a_runs_pipe_is_not_waited_for(sound, tmp_path):
+    shutil.copytree(sound / "run", tmp_path / "run")
+    (tmp_path / "run" / "log.jsonl").unlink()
+    os.mkfifo(tmp_path / "run" / "log.jsonl")
+    with pytest.raises(UserError, match=r"log.jsonl is no ordinary file"):
+        read_run(tmp_path / "run", {}, train.Config)
+    run = dict(env="hopper", method="dt", ratio=1.0, seed=0, lm="auto")
+    (tmp_path / "run").rename(tmp_path / name_of(run))
+    assert progress_of(run, tmp_path)[0] == 0
+
+
+def test_a_sweep_leaves_a_run_alone_that_is_still_at_work(sound, tmp_path):
+    run = dict(env="hopper", method="bc", ratio=1.0, seed=0, lm="auto")
+    folder = tmp_path / name_of(run)
+    shutil.copytree(sound / "baseline", folder)
+    (folder / "result.json").unlink()
+    with open(folder / "config.json") as file:  # as a run of another process has it
+        fcntl.flock(file, fcntl.LOCK_EX)
+        assert carry_out(run, tmp_path, [], 1) == 2
+    assert "another process is at work" in last_lines(run, tmp_path)[-1]
+    assert (folder / "ckpt.pt").is_file()
+
+
+def test_returns_that_are_nearly_alike_are_no_scale(sound):
+    packed = load_tensors(sound / "run" / "ckpt.pt")["environment"]
+    with pytest.raises(ValueError, match="are none, or the same"):
+        unpack(packed | {"random": 0.0, "expert": 5e-324})
+    assert unpack(packed | {"random": 0.0, "expert": 1e-3}).expert == 1e-3

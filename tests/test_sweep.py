@@ -54,8 +54,22 @@ def test_finished_runs_are_skipped_interrupted_ones_resumed_failed_ones_told(
     assert state_of(first) == "finished"
     assert progress_of(grid(["hopper"], ("dt",), (0.01,), (0,))[0], tmp_path)[:2] == (6, 6)
     other = ["--flags", SHORT.replace("--steps 6", "--steps 8"), *flags[2:], "--method", "dt"]
-    with pytest.raises(UserError, match="was begun with --steps 6, not 8; give another --out"):
+    with pytest.raises(
+        UserError, match="was begun with steps 6, not --steps 8; give another --out"
+    ):
         command(monkeypatch, *other)
+    for words, was in (
+        ("--steps=8", "steps 6, not --steps 8"),
+        ("--targets 5 6", "targets 3600 1800, not --targets 5 6"),
+        ("--targets 3600", "targets 3600 1800, not --targets 3600"),
+        ("--deterministic", "deterministic False, not --deterministic"),
+        ("--dtype fp64", "dtype "),
+    ):
+        with pytest.raises(UserError, match=f"was begun with {was}"):
+            command(monkeypatch, "--flags", words, *flags[2:], "--method", "dt")
+    same = "--steps=6.0 --targets 3600 1800 --no-deterministic --corpus auto"
+    command(monkeypatch, "--flags", same, *flags[2:], "--method", "dt")
+    assert "1 run finished already" in capsys.readouterr().out
     began = (first / "config.json").stat().st_mtime_ns
     # an interrupted run: what a killed one leaves, its config and nothing it can go on from
     cut = tmp_path / "hopper-lamo-freeze-0.01-s0"
@@ -149,11 +163,12 @@ def test_a_dry_run_foretells_what_a_dataset_does_not_hold(tmp_path, monkeypatch,
     started = []
     really = subprocess.run
     monkeypatch.setattr(subprocess, "run", lambda *a, **k: started.append(a) or really(*a, **k))
-    command(monkeypatch, *flags, *what)
+    with pytest.raises(SystemExit):
+        command(monkeypatch, *flags, *what)
     printed = capsys.readouterr().out
-    for seed in (0, 1):
-        assert f"hopper-dt-0.5-s{seed} will fail: " in printed
-        assert f"hopper-dt-0.01-s{seed} will fail: " not in printed
+    assert "hopper-dt-0.5-s0 will fail: --ratio 0.5 asks for more" in printed
+    assert printed.count("will fail: ") == 1
+    assert printed.count("  fails") == 2
     assert "; 2 of them will fail" in printed
     assert len(started) == 2  # seeds are not measured apart
 
@@ -169,6 +184,12 @@ def test_a_dry_run_foretells_what_a_dataset_does_not_hold(tmp_path, monkeypatch,
         (["table3", "--env", "reacher2d"], "no run of table3 is left"),
         (["--env", "hopper", "--workers", "0"], "--workers is 0"),
         (["--env", "hopper", "--cluster", "moon"], "unknown cluster 'moon'"),
+        (["--env", "hopper", "--threads", "-1"], "--threads is -1"),
+        (["--env", ","], "no run of that grid is left"),
+        (["--env", "hopper", "--flags", "--seed 3"], "--flags has --seed, which names the runs"),
+        (["--env", "hopper", "--flags", "--algo=bc"], "give the sweep --method"),
+        (["--env", "hopper", "--flags", "--corpus 'x"], "--flags --corpus 'x: No closing"),
+        (["--env", "hopper", "--flags", "steps 3"], "--flags begins with steps"),
     ],
 )
 def test_mistakes_are_one_line(arguments, says, monkeypatch, tmp_path):

@@ -67,7 +67,7 @@ def test_a_film_has_the_frames_and_the_size_it_should(lamo, drawing, tmp_path, c
     assert gif.n_frames == len([0, 10])
     assert gif.size == (640, 240)
     assert gif.info["duration"] == 80  # milliseconds
-    assert "out.mp4: 4 frames of 1440x540, 31.25 a second (125 steps)" in capsys.readouterr().out
+    assert "out.mp4: 4 frames of 1440x540, 31.25 a second, for 125 steps" in capsys.readouterr().out
     # below the words is what the environment shows
     env = gym.make("Hopper-v5", render_mode="rgb_array", camera_name="track")
     env.reset(seed=7)
