@@ -136,13 +136,12 @@ def draw_curves(path, heading, cells, colours):
             band(axis, x, curves, text, colours[name])
             axis.set_xlim(0, 100)
             axis.set_xticks([0, 50, 100], ["0", "50", "100"])
-            for number, side in zip(
-                axis.get_xticklabels(), ("left", "center", "right"), strict=True
-            ):
-                number.set_ha(side)  # so that neighbours' do not touch
             names = [textwrap.fill(part, 17) for part in text.split(", ")]
             axis.set_title(",\n".join(names), fontsize=7)
             axis.tick_params(labelbottom=i + columns >= len(cells), labelleft=i % columns == 0)
+            shown = axis.get_xticklabels()  # none but below the lowest panels
+            for number, side in zip(shown, ("left", "center", "right"), strict=False):
+                number.set_ha(side)  # so that neighbours' do not touch
 
 
 def progress(cell):
@@ -198,7 +197,8 @@ def draw_language(path, heading, cells, colours):
 
 def draw_iqm(path, panels, colours):
     """Interquartile means with their intervals. panels: [(title, {label: (name, iqm's)})]."""
-    panels = [(textwrap.fill(heading, 52), lines) for heading, lines in panels]
+    whole = [(heading.replace(" %", "\xa0%"), lines) for heading, lines in panels]  # on one line
+    panels = [(textwrap.fill(heading, 52), lines) for heading, lines in whole]
     heights = [0.65 + 0.13 * heading.count("\n") + 0.2 * len(lines) for heading, lines in panels]
     with drawing(path, sum(heights), len(panels)) as (_, axes):
         axes[0, 0].get_gridspec().set_height_ratios(heights)

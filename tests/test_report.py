@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image
 
 from experiments import report
 from experiments.read_runs import make_cells, read_runs
@@ -191,6 +192,19 @@ def test_what_cannot_be_counted_is_one_line_each_and_the_rest_is_reported(
     text = (tmp_path / "report" / "report.md").read_text()
     assert "**55.0 ± 5.0**" in text
     assert all(f"- {line}" in text for line in printed[:-1])
+
+
+def test_many_methods_of_few_evaluations_are_drawn(tmp_path, monkeypatch):
+    """Panels in several lines, of which the lowest alone have numbers below, and single points."""
+    for method in ("lamo", "dt", "wiki-rl", "bc", "lamo-full"):
+        for seed in (0, 1):
+            write_run(
+                tmp_path / "runs", f"{method}{seed}", [(50.0, 40.0)], method, seed, steps=EVERY
+            )
+    command(monkeypatch, tmp_path / "runs", "--out", tmp_path)
+    curves = Image.open(tmp_path / "curves-hopper-0.01.png")
+    assert curves.width == 850
+    assert curves.height > 600  # two lines of panels
 
 
 @pytest.mark.parametrize(
