@@ -8,6 +8,7 @@ import fcntl
 import json
 import os
 import pickle
+import re
 import shutil
 import subprocess
 import sys
@@ -356,6 +357,8 @@ def finished(tmp_path):
     "parts",
     [
         {"settings": {"ratio": "x"}},
+        {"settings": {"ratio": -1e299}},
+        {"settings": {"method": "x" * 20_000}},
         {"settings": {"env": ["x"]}},
         {"settings": {"seed": [1]}},
         {"settings": {"mode": []}},
@@ -365,7 +368,7 @@ def finished(tmp_path):
         {"base": {"lm": 5, "sha256": "x"}},
         {"chosen": {"dataset": 3, "environment": "x"}},
     ],
-    ids=str,
+    ids=lambda parts: str(parts)[:60],
 )
 def test_a_report_leaves_out_what_is_no_run(parts, finished, monkeypatch, capsys):
     told(finished / "config.json", **parts)
@@ -388,6 +391,24 @@ def test_a_report_goes_on_behind_a_line_that_is_none(line, finished, tmp_path, m
     out = capsys.readouterr().out
     assert "cannot be read" in out
     assert "1 run in 1 cell" in out
+
+
+def test_a_report_leaves_out_scores_that_cannot_be(finished, monkeypatch, capsys):
+    log = (finished / "log.jsonl").read_text()
+    (finished / "log.jsonl").write_text(re.sub(r'"score": [\d.]+', '"score": 1e299', log))
+    monkeypatch.setattr(sys, "argv", ["report", str(finished.parent), "--out", "none"])
+    with pytest.raises(UserError, match="no finished run"):
+        report.main()
+    assert "its log or result is damaged" in capsys.readouterr().out
+
+
+def test_a_log_without_an_end_is_left_out(finished, monkeypatch, capsys):
+    with open(finished / "log.jsonl", "r+b") as log:
+        log.truncate(1 << 40)  # of nothing: it takes no disk
+    monkeypatch.setattr(sys, "argv", ["report", str(finished.parent), "--out", "none"])
+    with pytest.raises(UserError, match="no finished run"):
+        report.main()
+    assert "its log.jsonl cannot be read: larger than" in capsys.readouterr().out
 
 
 def test_a_report_shows_names_as_names(finished, tmp_path, monkeypatch, capsys):
