@@ -280,6 +280,25 @@ def test_dqn_files_that_are_not_right(tmp_path, minari_home, monkeypatch, capsys
     assert message in fails(monkeypatch, capsys, minari_home, *arguments)
 
 
+def test_dqn_checkpoints_may_be_far_apart(tmp_path, capsys):
+    """What lies between them is told, not counted one by one."""
+    for number in (0, 1, 10**10):
+        write_dqn(tmp_path / "logs", number, [(2, True, True)])
+    assert len(dqn_checkpoints(tmp_path / "logs")) == 3
+    (line,) = capsys.readouterr().out.splitlines()
+    assert "no checkpoint between 1 and 10000000000" in line
+
+
+def test_a_dqn_file_without_an_end_is_not_kept_in_memory(tmp_path, monkeypatch):
+    monkeypatch.setattr("experiments.import_data.AT_A_TIME", 50)
+    monkeypatch.setattr("experiments.import_data.LONGEST_EPISODE", 120)
+    write_dqn(tmp_path / "logs", 0, [(110, True, True), (400, True, False)])
+    episodes = dqn_episodes(dqn_checkpoints(tmp_path / "logs"), 4, {"left_out": 0})
+    assert len(next(episodes)["reward"]) == 110
+    with pytest.raises(UserError, match="no episode ends in 120 steps"):
+        next(episodes)
+
+
 def test_a_damaged_dqn_file_leaves_nothing(tmp_path, minari_home, monkeypatch, capsys):
     """Cut, emptied, or with any of many single bits flipped: never a dataset of other frames."""
     write_dqn(tmp_path / "logs", 0, [(3, True, True)] * 2)
