@@ -116,8 +116,10 @@ def wrong_with(space, observation):
         if len(observation) != len(space.spaces):
             return f"of {len(observation)} parts, not {len(space.spaces)}"
         return next((w for w in map(wrong_with, space.spaces, observation) if w), None)
+    if space.shape is None:  # a graph, a text: nothing here reads it
+        return None
     values = np.asarray(observation)
-    if space.shape is not None and (values.shape != space.shape or values.dtype.kind not in "biuf"):
+    if values.shape != space.shape or values.dtype.kind not in "biuf":
         return f"{values.dtype} {values.shape}, not {space.dtype} {space.shape}"
     with np.errstate(over="ignore"):  # what is beyond 32 bits becomes infinite
         if values.dtype.kind == "f" and not np.isfinite(values.astype(np.float32)).all():

@@ -234,7 +234,8 @@ def check_kinds(settings, config, path):
         value, kind = settings.get(field.name), field.type
         inner = kind.__args__[0] if kind in (list[float], list[str]) else None
         if inner is not None:
-            sound = isinstance(value, list) and all(isinstance(x, (int, inner)) for x in value)
+            inner = (int, float) if inner is float else (inner,)
+            sound = isinstance(value, list) and all(type(x) in inner for x in value)
         else:
             sound = isinstance(value, (int, float) if kind is float else kind)
         sound = sound and (kind is bool or type(value) is not bool)

@@ -184,12 +184,12 @@ def read_run(path, typed, config):
         flag = "--" + name.replace("_", "-")
         why = "is as it was when the run began; --resume takes --env-module and --skip-bad-steps"
         raise UserError(f"{flag} {why}, and no other flag")
-    for path in folder.iterdir() if folder.is_dir() else ():
-        if path.is_symlink():
-            why = f"a link in it, {path.name}: it could lead anywhere"
+    for part in folder.iterdir() if folder.is_dir() else ():
+        if part.is_symlink():
+            why = f"a link in it, {part.name}: it could lead anywhere"
             raise UserError(f"{folder} has {why}; remove it")
-        if not (path.is_file() or path.is_dir()):
-            raise UserError(f"{path} is no ordinary file, and could be read for ever; remove it")
+        if not (part.is_file() or part.is_dir()):
+            raise UserError(f"{part} is no ordinary file, and could be read for ever; remove it")
     if (folder / "result.json").is_file():
         raise UserError(f"{folder} is finished; its score is in {folder / 'result.json'}")
     try:
@@ -197,6 +197,7 @@ def read_run(path, typed, config):
         if "algo" in begun["settings"]:
             raise UserError(f"{folder} is a baseline's run, which cannot go on; begin it anew")
         begun["data"]["sha256"], begun["base"]["sha256"], begun["base"]["lm"], begun["processes"]
+        begun["chosen"]["dataset"], begun["chosen"]["text"]
         if not all(isinstance(line, str) for line in begun["chosen"].values()):
             raise TypeError
         parts = [begun["settings"], *(begun.get(name, {}) for name in RECORDED)]

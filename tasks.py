@@ -431,7 +431,7 @@ def unpack(packed):
     """The Environment that `pack` made text of. Raises what JSON, gymnasium and Minari do."""
     random, expert = packed["random"], packed["expert"]
     if not (random is expert is None or is_scale(random, expert)):
-        raise ValueError("its random and its expert return are none, or the same")
+        raise ValueError("its random and its expert return are no numbers, or nearly the same")
     parse_json(packed["spec"])  # for the size of its numbers
     return Environment(
         EnvSpec.from_json(packed["spec"]),

@@ -305,7 +305,7 @@ def train(typed):
             results = rollout(
                 *(actor, environment, settings, stats, [None], settings["episodes"]),
                 progress=True,
-                stop=stop,
+                stop=None if last else stop,  # a baseline cannot go on to make up for the last one
             )
             evaluating += time.time() - since
             if results is None:
@@ -322,7 +322,7 @@ def train(typed):
             break
     stop.restore()
     bar.close()
-    if step < settings["steps"] or results is None:
+    if step < settings["steps"]:
         save("ckpt.pt")
         print(f"stopped after step {step}, whose policy is {folder / 'ckpt.pt'}; a baseline's run")
         print("cannot go on: begin it anew")

@@ -230,7 +230,8 @@ def dqn_episodes(checkpoints, n_actions, about):
     """Whole episodes of DQN-replay checkpoints: dictionaries of DQN_KINDS, (T, ..) each.
 
     One episode and one part are in memory at a time. A checkpoint begins and ends within an
-    episode. Both pieces are left out, and their transitions are added to about["left_out"].
+    episode. Both pieces are left out, and their transitions are added to about["left_out"]. Raises
+    UserError where no episode ends in LONGEST_EPISODE steps.
     """
     for files in checkpoints:
         kept = []  # pieces of the episode that is being read

@@ -18,6 +18,7 @@ from run_folder import hold, let_go
 ROOT = Path(__file__).resolve().parent.parent
 ALGORITHMS = ("bc", "td3bc", "iql", "cql", "bcq", "nfq")  # the others are train.py's methods
 PROBE_STEPS = 20  # of a run that only measures how long a step takes
+SAID_AGAIN = ("--env-module", "--skip-bad-steps")  # what train.py --resume takes
 FAILING = {}  # kinds of run that failed so in this process, and why
 
 
@@ -58,7 +59,9 @@ def begin_or_go_on(run, out, flags):
     folder = Path(out) / name_of(run)
     if state_of(folder) == "interrupted":
         if run["method"] not in ALGORITHMS and (folder / "config.json").is_file():
-            return [sys.executable, "train.py", "--resume", str(folder.absolute())]
+            typed = values_of(flags)
+            again = [w for flag in SAID_AGAIN if flag in typed for w in (flag, *typed[flag])]
+            return [sys.executable, "train.py", "--resume", str(folder.absolute()), *again]
         if (folder / "config.json").is_file():
             hold(folder)
             let_go(folder)
@@ -75,12 +78,13 @@ def carry_out(run, out, flags, threads, at_work=None):
     log = Path(out) / "logs" / f"{name_of(run)}.txt"
     log.parent.mkdir(parents=True, exist_ok=True)
     environment = {"OMP_NUM_THREADS": str(threads)} | dict(os.environ)
-    with open(log, "w") as file:
-        try:
-            command = begin_or_go_on(run, out, flags)
-        except UserError as error:
+    try:
+        command = begin_or_go_on(run, out, flags)
+    except UserError as error:
+        with open(log, "a") as file:  # whose beginning is of the process that is at work
             file.write(f"error: {error}\n")
-            return 2
+        return 2
+    with open(log, "w") as file:
         process = subprocess.Popen(
             command,
             cwd=ROOT,
@@ -134,6 +138,7 @@ def seconds_a_step(run, out, flags, threads):
     key = f"{run['env']} {run['method']} {run['ratio']:g} {run['lm']} {' '.join(flags)}"
     key += f" {threads} threads"
     if key not in known | FAILING:
+        print(f"measuring {PROBE_STEPS} steps of {name_of(run)}", flush=True)
         with tempfile.TemporaryDirectory() as aside:
             probe = ["--steps", PROBE_STEPS, "--eval-every", PROBE_STEPS, "--episodes", 1]
             probe += ["--episode-limit", 1, "--log-every", PROBE_STEPS]
@@ -158,7 +163,8 @@ def values_of(flags):
     values = {}
     for word in flags:
         if word.startswith("--"):
-            values[word] = latest = []
+            flag, *value = word.split("=", 1)
+            values[flag] = latest = value
         else:
             latest.append(word)
     return values

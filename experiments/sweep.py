@@ -26,7 +26,7 @@ from tqdm import tqdm
 import settings
 from experiments.one_run import (
     ALGORITHMS,
-    PROBE_STEPS,
+    SAID_AGAIN,
     carry_out,
     last_lines,
     name_of,
@@ -92,7 +92,7 @@ def check_flags(runs, out, flags):
             continue  # none yet, or none of ours: that is told elsewhere
         for flag, now in values_of(flags).items():
             name = flag.removeprefix("--").removeprefix("no-").replace("-", "_")
-            if name not in had or now == ["auto"]:
+            if name not in had or now == ["auto"] or flag in SAID_AGAIN:
                 continue
             before = had[name] if isinstance(had[name], list) else [had[name]]
             same = len(before) == len(now) and all(map(alike, before, now))
@@ -116,13 +116,10 @@ def flags_of(text):
         words = shlex.split(text)
     except ValueError as error:
         raise UserError(f"--flags {text}: {error}") from error
-    words = [
-        part for word in words for part in (word.split("=", 1) if word[:2] == "--" else [word])
-    ]
     if words and words[0][:2] != "--":
         raise UserError(f"--flags begins with {words[0]}, but a flag begins with --")
     for flag in ("--env", "--method", "--algo", "--ratio", "--seed", "--lm", "--out", "--name"):
-        if flag in words:
+        if flag in values_of(words):
             own = {"--algo": "--method", "--name": "--out"}.get(flag, flag)
             raise UserError(f"--flags has {flag}, which names the runs: give the sweep {own}")
     return words
@@ -134,8 +131,6 @@ def estimate(runs, out, flags, workers, threads):
     Returns how many of them will fail.
     """
     total, failing = 0.0, 0
-    if any(not progress_of(run, out)[2] for run in runs):
-        print(f"measuring {PROBE_STEPS} steps of each kind of run that is new", flush=True)
     for run in runs:
         folder = Path(out) / name_of(run)
         done, steps, seconds = progress_of(run, out)

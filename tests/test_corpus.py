@@ -339,6 +339,8 @@ def test_a_run_is_not_gone_on_with_in_one_line(spoil, sound, tmp_path, monkeypat
         {"base": {}},
         {"versions": 1.5},
         {"chosen": {"dataset": None}},
+        {"chosen": {}},
+        {"chosen": {"dataset": "x"}},
         {"settings": {"env": "hopper"}},
         {"settings": []},
         {"settings": None},

@@ -155,6 +155,7 @@ def nested(part):
         (gym.spaces.Discrete(9), float("inf"), "not finite"),
         (nested(box(1)), {"a": np.zeros(2), "b": (np.zeros(1), {"c": [np.inf]})}, "not finite"),
         (nested(box(1)), {"a": np.zeros(2), "b": (np.zeros(1),)}, "of 1 parts, not 2"),
+        (gym.spaces.Sequence(box(2)), ([0.0, 1.0], [2.0]), None),
         (nested(gym.spaces.Text(9)), {"a": np.zeros(2), "b": ([0.0], {"c": "words"})}, None),
     ],
 )

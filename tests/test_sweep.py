@@ -63,11 +63,12 @@ def test_finished_runs_are_skipped_interrupted_ones_resumed_failed_ones_told(
         ("--targets 5 6", "targets 3600 1800, not --targets 5 6"),
         ("--targets 3600", "targets 3600 1800, not --targets 3600"),
         ("--deterministic", "deterministic False, not --deterministic"),
+        ("--targets=-1e3", "targets 3600 1800, not --targets -1e3"),
         ("--dtype fp64", "dtype "),
     ):
         with pytest.raises(UserError, match=f"was begun with {was}"):
             command(monkeypatch, "--flags", words, *flags[2:], "--method", "dt")
-    same = "--steps=6.0 --targets 3600 1800 --no-deterministic --corpus auto"
+    same = "--steps=6.0 --targets 3600 1800 --no-deterministic --corpus auto --skip-bad-steps"
     command(monkeypatch, "--flags", same, *flags[2:], "--method", "dt")
     assert "1 run finished already" in capsys.readouterr().out
     began = (first / "config.json").stat().st_mtime_ns
