@@ -26,6 +26,7 @@ from plumbing import (
     choose_dtype,
     first_line,
     network_available,
+    printable,
     run_command,
 )
 
@@ -77,12 +78,17 @@ def find_weights(name_or_path):
                 f"{name_or_path} could not be downloaded: {first_line(error)}"
             ) from error
     path = Path(name_or_path)
-    if path.is_dir():
+    try:
+        is_folder, is_file = path.is_dir(), path.is_file()
+    except OSError as error:  # too long a name, or a folder that may not be read
+        what = printable(name_or_path)[:60]
+        raise UserError(f"cannot look for the weights {what}: {error.strerror}") from error
+    if is_folder:
         for file in (WEIGHTS, "pytorch_model.bin"):
             if (path / file).is_file():
                 return path / file
         raise UserError(f"{path} holds neither {WEIGHTS} nor pytorch_model.bin")
-    if path.is_file():
+    if is_file:
         return path
     if path.suffix or path.parent != Path("."):
         raise UserError(f"there is no weights file {path}; give a .safetensors or .bin file")

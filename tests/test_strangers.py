@@ -31,7 +31,7 @@ from evaluate import make_vector_env
 from experiments import pretrain, report
 from experiments.one_run import carry_out, last_lines, name_of, progress_of
 from files import check_hdf5, clear_unfinished, load_tensors, parse_json, read_json
-from load_gpt2 import load_gpt2
+from load_gpt2 import find_weights, load_gpt2
 from plumbing import UserError, run_command
 from run_folder import continue_run, let_go, read_run
 from spaces import read_space
@@ -312,6 +312,11 @@ def test_a_pipe_in_a_dataset_is_not_waited_for(sound, tmp_path):
     os.mkfifo(tmp_path / "set/data/main_data.hdf5")
     with pytest.raises(UserError, match="no ordinary file"):
         read_dataset(tmp_path / "set")
+
+
+def test_weights_of_too_long_a_name_are_not_looked_for():
+    with pytest.raises(UserError, match=r"cannot look for the weights x{60}: File name too long"):
+        find_weights("x" * 5000)
 
 
 def test_layers_that_only_have_a_name_are_not_made(sound, tmp_path):
