@@ -10,13 +10,13 @@ from pathlib import Path
 import torch
 
 from embeddings import ZERO
-from files import check_memory, load_tensors
+from files import check_memory, load_tensors, save_tensors
 from load_gpt2 import find_config, fingerprint, load_gpt2
 from lora import inject_lora, mark_trainable
 from model import GPT, LaMo
 from plumbing import UserError, first_line, is_number
 from spaces import action_size, is_choice, is_picture, observation_shape
-from tasks import unpack
+from tasks import pack, unpack
 
 FORMAT = "lamo-checkpoint-2"  # what ckpt["format"] says; a change of layout changes it
 READERS = {  # of each format, the command that lets its checkpoints act
@@ -158,6 +158,28 @@ def check_finite(state, step):
         if not tensor.isfinite().all():
             why = f"{name} is not finite any more by step {step}"
             raise UserError(f"{why}; the checkpoint before it is kept; lower --lr")
+
+
+def save_checkpoint(path, step, state, settings, notes, base, environment, data, format=FORMAT):
+    """Write the policy as it is after a step, with all that acting needs besides base.
+
+    state: its tensors; notes: what was chosen and why, as in settings.resolve; base as in
+    build_model; data: Trajectories, for the observations' mean and deviation. Raises UserError if
+    a tensor is not finite, or the file cannot be written: one that was there stays as it was.
+    """
+    check_finite(state, step)
+    checkpoint = {
+        "format": format,
+        "settings": settings,
+        "chosen": notes,
+        "base": base,
+        "environment": pack(environment),
+        "step": step,
+        "model": state,
+        "obs_mean": data.obs_mean.cpu(),
+        "obs_std": data.obs_std.cpu(),
+    }
+    save_tensors(path, checkpoint)
 
 
 def read_checkpoint(path, expected=FORMAT):

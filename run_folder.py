@@ -3,13 +3,12 @@
 config.json    settings, what was chosen and why, the data's statistics, versions
 log.jsonl      a row for every log_every steps, and one for every evaluation
 ckpt.pt        the last checkpoint; best.pt, that of the best evaluation (see train.py)
-resume.pt      what --resume goes on from; removed when the run is finished
+resume.pt      what --resume goes on from, see resume.py; removed when the run is finished
 result.json    the run's score
 """
 
 import fcntl
 import json
-import os
 import platform
 import re
 import subprocess
@@ -22,17 +21,12 @@ from pathlib import Path
 
 import torch
 
-from files import clear_unfinished, load_tensors, read_json, save_tensors, write_json
-from plumbing import UserError, check_kinds, counted, is_number, printable
+from files import write_json
+from plumbing import UserError, counted, printable
 from tasks import normalised_score
 
-RESUME, FORMAT = "resume.pt", "lamo-resume-1"  # the file --resume goes on from, and what it is
-SAVED = {"log_bytes": int, "step": int, "model": dict, "optimiser": dict, "processes": list}
-SAVED |= {"summed": int, "evaluations": list, "best_score": float, "seconds": float}
-SAVED |= {"evaluating": float, "bad_steps": int}  # what is in it
+RESUME = "resume.pt"  # the file --resume goes on from, see resume.py
 HELD = {}  # folders of runs that this process is at work in: a file of each that is locked
-RECORDED = ("versions", "machine", "git")  # of config.json, what may not stay the same
-RESULT = ("target", "score", "return_mean", "cut")  # numbers of a result that its score is from
 PACKAGES = ("torch", "numpy", "minari", "gymnasium", "mujoco", "gymnasium-robotics", "ale-py")
 PACKAGES += ("h5py", "safetensors", "tiktoken")  # whose versions are recorded
 
@@ -168,145 +162,6 @@ def let_go(folder):
         file.close()
 
 
-def stamp(path):
-    """By which a file can be known again: when it was written; None if there is none."""
-    return path.stat().st_mtime_ns if path.is_file() else None
-
-
-def read_run(path, typed, config):
-    """What --resume goes on with: (config.json's dictionary, that of save_run or None).
-
-    typed: the other flags, of which there must be none; config: train.Config. Raises UserError for
-    such flags, for what is no folder of a run, and for a finished one.
-    """
-    folder = Path(path)
-    for name in typed:
-        flag = "--" + name.replace("_", "-")
-        why = "is as it was when the run began; --resume takes --env-module and --skip-bad-steps"
-        raise UserError(f"{flag} {why}, and no other flag")
-    for part in folder.iterdir() if folder.is_dir() else ():
-        if part.is_symlink():
-            why = f"a link in it, {part.name}: it could lead anywhere"
-            raise UserError(f"{folder} has {why}; remove it")
-        if not (part.is_file() or part.is_dir()):
-            raise UserError(f"{part} is no ordinary file, and could be read for ever; remove it")
-    if (folder / "result.json").is_file():
-        raise UserError(f"{folder} is finished; its score is in {folder / 'result.json'}")
-    try:
-        begun = read_json(folder / "config.json")
-        if "algo" in begun["settings"]:
-            raise UserError(f"{folder} is a baseline's run, which cannot go on; begin it anew")
-        begun["data"]["sha256"], begun["base"]["sha256"], begun["base"]["lm"], begun["processes"]
-        begun["chosen"]["dataset"], begun["chosen"]["text"]
-        if not all(isinstance(line, str) for line in begun["chosen"].values()):
-            raise TypeError
-        parts = [begun["settings"], *(begun.get(name, {}) for name in RECORDED)]
-        if not all(isinstance(part, dict) for part in parts):
-            raise TypeError
-    except OSError as error:
-        raise UserError(f"{folder} is no run's folder: it has no config.json") from error
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{folder / 'config.json'} is damaged, or another version's") from error
-    begun["settings"]["resume"] = ""  # the one field that is not kept
-    check_kinds(begun["settings"], config, folder)
-    del begun["settings"]["resume"]
-    begun["stamp"] = stamp(folder / RESUME)  # of what is read here, before the run is held
-    if begun["stamp"] is None:
-        return begun, None
-    try:
-        saved = load_tensors(folder / RESUME)
-    except Exception as error:  # torch.load has many kinds
-        raise UserError(f"{folder / RESUME} is damaged; delete it to start the run anew") from error
-    if not isinstance(saved, dict) or saved.get("format") != FORMAT or SAVED.keys() - saved:
-        raise UserError(f"{folder / RESUME} is another version's ({FORMAT} is expected)")
-    for name, kind in SAVED.items():
-        if not isinstance(saved[name], kind) or (kind is int and saved[name] < 0):
-            why = f"{name} in it is no {kind.__name__} that could be"
-            raise UserError(f"{folder / RESUME} is damaged: {why}; delete it to start anew")
-    check_evaluations(folder / RESUME, saved["evaluations"], len(begun["settings"]["targets"]))
-    if saved["step"] > begun["settings"]["steps"]:
-        raise UserError(f"{folder / RESUME} is damaged: its step; delete it to start anew")
-    return begun, saved
-
-
-def load_optimiser(optimiser, state):
-    """Put back what an optimiser had. Raises what it does, or ValueError for another kind."""
-    fixed = [name for name in optimiser.defaults if name != "lr"]
-    before = [[group[name] for name in fixed] for group in optimiser.param_groups]
-    optimiser.load_state_dict(state)
-    if before != [[group[name] for name in fixed] for group in optimiser.param_groups]:
-        raise ValueError("its settings are others")
-    for parameter, kept in optimiser.state.items():
-        for x in kept.values():
-            if x.shape not in ((), parameter.shape) or not x.isfinite().all():
-                raise ValueError("its tensors are not the weights'")
-
-
-def check_evaluations(path, evaluations, n_targets):
-    """Raises UserError unless these are evaluations, each of so many targets."""
-    try:
-        for e in evaluations:
-            sound = all(is_number(r[name]) for r in e["results"] for name in RESULT)
-            alike = len(e["results"]) == n_targets
-            lists = all(type(r.get("failed", [])) is list for r in e["results"])
-            if not sound or not alike or not lists or type(e["step"]) is not int:
-                raise TypeError
-    except (KeyError, TypeError, AttributeError, IndexError) as error:
-        raise UserError(f"{path} is damaged: its evaluations; delete it to start anew") from error
-
-
-def continue_run(path, begun, saved, data, base, world):
-    """Check that a run can go on as it began, and cut its log to what was saved. Returns a Path.
-
-    Raises UserError if the data, the language model or the number of processes are others.
-    """
-    folder = Path(path)
-    if begun["processes"] != world:
-        raise UserError(f"{folder} was begun by {begun['processes']} processes, not {world}")
-    if begun["data"]["sha256"] != data.digest():
-        was = begun["chosen"]["dataset"]
-        raise UserError(f"{folder} was begun on other data than are found now: {was}")
-    if begun["base"]["sha256"] != base["sha256"]:
-        raise UserError(f"{folder} was begun on other weights of {begun['base']['lm']}")
-    if begun["base"].get("text") != base["text"]:
-        raise UserError(f"{folder} was begun on another text: {begun['chosen']['text']}")
-    hold(folder)
-    if (folder / "result.json").is_file() or stamp(folder / RESUME) != begun.pop("stamp"):
-        raise UserError(f"{folder} was gone on with by another process meanwhile; look again")
-    if read_json(folder / "config.json")["settings"] != begun["settings"]:  # --skip-bad-steps
-        let_go(folder)  # its lock is of the file that is replaced
-        write_json(folder / "config.json", begun)
-        hold(folder)
-    length = saved["log_bytes"] if saved else 0
-    log = folder / "log.jsonl"
-    if (log.stat().st_size if log.is_file() else 0) < length:
-        raise UserError(f"{log} is shorter than it was; the run cannot go on from it")
-    if log.is_file():
-        os.truncate(log, length)
-    for name in ("config.json", "ckpt.pt", "best.pt", RESUME, "result.json"):
-        clear_unfinished(folder / name)
-    print(f"going on with {folder} after step {saved['step'] if saved else 0}", flush=True)
-    now = {"versions": package_versions(), "machine": machine_of(begun["settings"]["device"])}
-    now["git"] = code_version()
-    for kind, values in now.items():
-        before = begun.get(kind, {})
-        for name in [name for name in values if before.get(name) != values[name]]:
-            what = f"{name} {before.get(name)} when it was begun, {values[name]} now"
-            print(f"{kind:13} {printable(what)}: it may not end with the same bits", flush=True)
-    return folder
-
-
-def save_run(folder, **state):
-    """Write what --resume goes on from. After a kill, the log is cut back to here."""
-    try:
-        with open(folder / "log.jsonl", "ab") as log:
-            os.fsync(log.fileno())  # a lost row must not be one that is counted on
-            length = log.tell()
-    except OSError as error:
-        raise UserError(f"cannot write {folder / 'log.jsonl'}: {error.strerror}") from error
-    save_tensors(folder / RESUME, {"format": FORMAT, "log_bytes": length} | state)
-
-
 def append_to_log(folder, row):
     """Add a dictionary to log.jsonl as one line. Raises UserError if it cannot be written."""
     try:
@@ -314,6 +169,20 @@ def append_to_log(folder, row):
             file.write(json.dumps(row) + "\n")
     except OSError as error:
         raise UserError(f"cannot write {folder / 'log.jsonl'}: {error.strerror}") from error
+
+
+def record_evaluation(folder, trackers, evaluations, step, results):
+    """Add an evaluation after a step to the log and to evaluations, a list of {"step", "results"}.
+
+    results: rollout's, one for each target. Returns whether its best target's score is the highest
+    yet, and that score. Raises UserError if the log cannot be written.
+    """
+    append_to_log(folder, row := {"step": step, "evaluation": results})
+    trackers.add(row)
+    score = max(r["score"] for r in results)
+    best = all(score > r["score"] for e in evaluations for r in e["results"])
+    evaluations.append({"step": step, "results": results})
+    return best, score
 
 
 def final_result(evaluations, steps):

@@ -8,10 +8,10 @@ main(), at the end. Figures without another source are from the paper, arXiv 231
 
 """
 
-import math
 import time
 from collections import deque
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -19,10 +19,10 @@ import torch.distributed as dist
 import torch.nn as nn
 from tqdm import tqdm
 
-from checkpoint import FORMAT, build_model, check_finite, load_trained, trained_state
+from checkpoint import build_model, check_finite, save_checkpoint, trained_state
 from data import find_dataset, load_trajectories
 from evaluate import rollout
-from files import check_memory, save_tensors
+from files import check_memory
 from lora import round_frozen
 from model import Objective
 from plumbing import (
@@ -37,17 +37,10 @@ from plumbing import (
     parse_flags,
     run_command,
 )
-from run_folder import (
-    append_to_log,
-    begin_run,
-    continue_run,
-    end_run,
-    load_optimiser,
-    read_run,
-    save_run,
-)
+from resume import continue_run, read_run, restore, save_run, state_of_processes
+from run_folder import append_to_log, begin_run, end_run, record_evaluation
 from settings import check, complete, presets, resolve, task_of_run
-from tasks import find_environment, pack, trust
+from tasks import find_environment, trust
 from text import check_text, find_text, get_encoding, sample_text, tokenise
 from trackers import Trackers, check_trackers
 from wiki_rl import fading, find_centres
@@ -231,19 +224,8 @@ def main():
         if settings["compile"]:
             print("compiling during the first step; it takes a minute or so", flush=True)
 
-    def save(name, state):
-        checkpoint = {
-            "format": FORMAT,
-            "settings": settings,
-            "chosen": notes,
-            "base": base,
-            "environment": pack(environment),
-            "step": step,
-            "model": state,
-            "obs_mean": data.obs_mean.cpu(),
-            "obs_std": data.obs_std.cpu(),
-        }
-        save_tensors(folder / name, checkpoint)
+    run = {"settings": settings, "notes": notes, "environment": environment, "data": data}
+    save = partial(save_checkpoint, **run, base=base)
 
     def report_bad(first, n, step):
         """Log the first of n bad steps and what its windows held; stop, unless told to skip."""
@@ -269,22 +251,18 @@ def main():
 
     def evaluate(state):
         """Let the policy act as it is after this step. A stop signal leaves that to --resume."""
-        nonlocal evaluating, best_score
+        nonlocal evaluating
         since = time.time()
         stats, ask = (data.obs_mean, data.obs_std), (settings["targets"], settings["episodes"])
         results = rollout(model, environment, settings, stats, *ask, progress=True, stop=stop)
         evaluating += time.time() - since
         if results is None:
             return
-        evaluations.append({"step": step, "results": results})
-        append_to_log(folder, row := {"step": step, "evaluation": results})
-        trackers.add(row)
-        score = max(r["score"] for r in results)
+        best, score = record_evaluation(folder, trackers, evaluations, step, results)
         shown["score"] = f"{score:.1f}"
         bar.set_postfix(shown)
-        if score > best_score:
-            best_score = score
-            save("best.pt", state)
+        if best:
+            save(folder / "best.pt", step, state)
 
     def next_window():
         window = sample_windows(data, settings["batch"] // world, settings["context"], window_rng)
@@ -293,7 +271,7 @@ def main():
     # Frames that do not fit on the GPU are fetched while it works on those before.
     apart = data.obs.device.type != device.type
 
-    evaluations, best_score, shown = [], -math.inf, {}
+    evaluations, shown = [], {}
     totals = torch.zeros(3, device=device)  # of the losses; reading them waits for the device
     new_bad, first_bad = torch.zeros(2, dtype=torch.int64, device=device)  # of the same steps
     summed, bad_steps = 0, 0  # steps in totals; bad ones before them
@@ -302,23 +280,10 @@ def main():
     started, evaluating, done = time.time(), 0.0, 0
     if saved:  # from here on all is as it was after that step
         done, summed = saved["step"], saved["summed"]
-        evaluations, best_score = saved["evaluations"], saved["best_score"]
-        bad_steps = saved["bad_steps"]
+        evaluations, bad_steps = saved["evaluations"], saved["bad_steps"]
         started, evaluating = started - saved["seconds"], saved["evaluating"]
-        load_trained(model, saved["model"], settings["train"], path)
-        try:
-            load_optimiser(optimiser, saved["optimiser"])
-            mine = saved["processes"][rank]
-            totals.copy_(mine["totals"])
-            new_bad, first_bad = mine["bad"].to(device)
-            window_rng.set_state(mine["windows"])
-            text_rng.set_state(mine["text"])
-            torch.set_rng_state(mine["dropout"])
-            if device.type == "cuda":
-                torch.cuda.set_rng_state(mine["dropout_cuda"], device)
-        except Exception as error:  # of many kinds, for as many kinds of damage
-            why = f"the state in {path} does not fit this run"
-            raise UserError(f"{why}; delete resume.pt there to begin it anew") from error
+        into = (model, optimiser, window_rng, text_rng, device)
+        totals, (new_bad, first_bad) = restore(path, saved, rank, settings["train"], *into)
     after_window = window_rng.get_state()
     # Only now, for the first window is drawn at once in another thread.
     windows = ahead(next_window) if apart else iter(next_window, None)
@@ -403,20 +368,18 @@ def main():
         if world == 1 or step % STOP_EVERY == 0 or logged or due:
             stopping = stop.number if world == 1 else agree(stop.number, device)
         if due or stopping:
-            mine = {"totals": totals.cpu(), "bad": torch.stack([new_bad, first_bad]).cpu()}
-            mine |= {"windows": after_window, "text": text_rng.get_state()}
-            mine["dropout"] = torch.get_rng_state()
-            if device.type == "cuda":
-                mine["dropout_cuda"] = torch.cuda.get_rng_state(device)
-            processes = [mine]
-            if world > 1:
-                processes = [None] * world
-                dist.all_gather_object(processes, mine)
+            processes = state_of_processes(
+                world,
+                device,
+                totals=totals.cpu(),
+                bad=torch.stack([new_bad, first_bad]).cpu(),
+                windows=after_window,
+                text=text_rng.get_state(),
+            )
             if rank == 0:
                 if not due:  # else it was made for the evaluation
                     state = trained_state(model, settings["train"])
-                    check_finite(state, step)
-                save("ckpt.pt", state)
+                save(folder / "ckpt.pt", step, state)
                 save_run(
                     folder,
                     step=step,
@@ -426,7 +389,6 @@ def main():
                     summed=summed,
                     bad_steps=bad_steps,
                     evaluations=evaluations,
-                    best_score=best_score,
                     seconds=time.time() - started,
                     evaluating=evaluating,
                 )
@@ -436,8 +398,8 @@ def main():
     bar.close()
     seconds = time.time() - started
     if rank == 0 and not stopping:
-        run = folder, settings, environment, notes, data
-        end_run(*run, evaluations, seconds, evaluating, bad_steps=bad_steps)
+        times = {"seconds": seconds, "evaluating": evaluating}
+        end_run(folder, **run, evaluations=evaluations, **times, bad_steps=bad_steps)
     elif rank == 0:
         print(f"stopped after step {step}; go on with: python train.py --resume {folder}")
     if rank == 0:

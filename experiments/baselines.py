@@ -18,10 +18,10 @@ import torch
 import torch.nn as nn
 from tqdm import tqdm
 
-from checkpoint import check_finite, check_settings, read_checkpoint
+from checkpoint import check_settings, read_checkpoint, save_checkpoint
 from data import find_dataset, load_trajectories
 from evaluate import print_table, rollout
-from files import check_writable, save_tensors
+from files import check_writable
 from plumbing import (
     StopSignals,
     UserError,
@@ -32,10 +32,10 @@ from plumbing import (
     printable,
     run_command,
 )
-from run_folder import append_to_log, begin_run, end_run
+from run_folder import append_to_log, begin_run, end_run, record_evaluation
 from settings import choose_task, limit_episodes
 from spaces import action_size, is_choice, is_picture, observation_shape
-from tasks import find_environment, pack, trust
+from tasks import find_environment, trust
 from trackers import Trackers, check_trackers
 from windows import STACK
 
@@ -265,22 +265,11 @@ def train(typed):
 
     def save(name):
         state = {n: t.detach().cpu().clone() for n, t in actor.state_dict().items()}
-        check_finite(state, step)
-        checkpoint = {
-            "format": FORMAT,
-            "settings": settings,
-            "chosen": notes,
-            "base": {},
-            "environment": pack(environment),
-            "step": step,
-            "model": state,
-            "obs_mean": data.obs_mean.cpu(),
-            "obs_std": data.obs_std.cpu(),
-        }
-        save_tensors(folder / name, checkpoint)
+        run = settings, notes, {}, environment, data
+        save_checkpoint(folder / name, step, state, *run, format=FORMAT)
 
     generator = torch.Generator(data.obs.device).manual_seed(settings["seed"])
-    stats, evaluations, best_score = (data.obs_mean, data.obs_std), [], -math.inf
+    stats, evaluations = (data.obs_mean, data.obs_std), []
     totals = {}  # of each loss since the last row of the log: its sum and its count
     started, evaluating = time.time(), 0.0
     bar = tqdm(total=settings["steps"], desc="training", mininterval=1)
@@ -310,13 +299,10 @@ def train(typed):
             evaluating += time.time() - since
             if results is None:
                 break
-            evaluations.append({"step": step, "results": results})
-            append_to_log(folder, row := {"step": step, "evaluation": results})
-            trackers.add(row)
-            bar.set_postfix(score=f"{results[0]['score']:.1f}")
+            best, score = record_evaluation(folder, trackers, evaluations, step, results)
+            bar.set_postfix(score=f"{score:.1f}")
             save("ckpt.pt")
-            if results[0]["score"] > best_score:
-                best_score = results[0]["score"]
+            if best:
                 save("best.pt")
         if stop.number:
             break

@@ -55,7 +55,7 @@ from plumbing import (
     parse_flags,
     run_command,
 )
-from run_folder import load_optimiser
+from resume import load_optimiser
 from text import check_text, get_encoding, sample_text, tokenise
 
 SIZES = {"mini": MINI_CONFIG} | {name: config for name, (_, config) in HUB.items()}

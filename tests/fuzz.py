@@ -281,7 +281,7 @@ class Readers:
     def resume(self, draw, at):
         import train
         from plumbing import run_command
-        from run_folder import read_run
+        from resume import read_run
 
         shutil.copytree(self.sound / "run", at)
         name = draw.choice(["config.json", "resume.pt", "resume.pt", "log.jsonl"])

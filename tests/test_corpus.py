@@ -23,7 +23,7 @@ from experiments import baselines
 from files import load_tensors
 from load_gpt2 import load_gpt2
 from plumbing import UserError, run_command
-from run_folder import read_run
+from resume import read_run
 from tasks import Task, find_environment
 
 ROOT = Path(__file__).resolve().parent.parent

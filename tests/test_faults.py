@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 from runs import assert_same, outcome
 
+import resume
 import run_folder
 import train
 from experiments.write_dataset import write_dataset
@@ -67,7 +68,8 @@ class Faults:
         monkeypatch.setattr(os, "fsync", fsync)
         monkeypatch.setattr(os, "replace", replace)
         monkeypatch.setattr(Path, "unlink", remove)
-        monkeypatch.setattr(run_folder, "open", open_log, raising=False)
+        for module in (run_folder, resume):
+            monkeypatch.setattr(module, "open", open_log, raising=False)
 
     def due(self, kind):
         """Whether the thing of this kind that is done now is the one to fail."""

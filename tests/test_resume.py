@@ -38,10 +38,11 @@ def whole(tmp_path_factory):
 
 STOPS = {  # where a run is stopped: a function of train.py's, and at which of its calls
     "before anything is saved": ("rollout", 1),
-    "after an evaluation": ("append_to_log", 3),
-    "while the checkpoint is written": ("save_tensors", 2),
+    "before an evaluation is recorded": ("record_evaluation", 2),
+    "after an evaluation": ("append_to_log", 2),
+    "while the checkpoint is written": ("save_checkpoint", 2),
     "before what resuming needs is written": ("save_run", 2),
-    "between evaluations": ("append_to_log", 6),
+    "between evaluations": ("append_to_log", 4),
     "before the score": ("end_run", 1),
 }
 

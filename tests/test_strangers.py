@@ -33,7 +33,8 @@ from experiments.one_run import carry_out, last_lines, name_of, progress_of
 from files import check_hdf5, clear_unfinished, load_tensors, parse_json, read_json
 from load_gpt2 import find_weights, load_gpt2
 from plumbing import UserError, run_command
-from run_folder import continue_run, let_go, read_run
+from resume import continue_run, read_run
+from run_folder import let_go
 from spaces import read_space
 from tasks import Task, make_env, unpack
 from text import get_encoding, tokenise
