@@ -21,6 +21,7 @@ import psutil
 
 from files import check_writable, write_atomically, write_json
 from plumbing import Parser, UserError, run_command
+from run_folder import code_version
 
 ROOT = Path(__file__).resolve().parent.parent
 SECONDS = 0.5  # between two looks
@@ -136,7 +137,8 @@ def main():
         raise UserError(f"{out / 'run'} exists already; give another --out")
     looks = watch(command, out / "run" / "log.jsonl")
     parts = summarise(looks, arguments.steps, every, evaluated)
-    about = {"command": " ".join(sys.orig_argv[1:]), "parts": parts}
+    about = {"command": shlex.join(["python", *sys.orig_argv[1:]]), "git": code_version()}
+    about["parts"] = parts
     write_json(out / "soak.json", about)
     draw(parts, out / "soak.png")
     print(f"{'until':>7} {'memory':>9} {'peak':>9} {'files':>6} {'threads':>8} {'CPU a step':>11}")
