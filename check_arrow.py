@@ -1,4 +1,4 @@
-"""Run by data.py as a process of its own: are a dataset's Arrow or Parquet files what they say?
+"""Run by files.py as a process of its own: are a dataset's Arrow or Parquet files what they say?
 
     python check_arrow.py '{"folder": .., "format": "arrow", "shapes": {..}, "limit": 1000000000}'
 
@@ -64,9 +64,7 @@ def check_episode(folder, kind, shapes, limit):
         for name, shape in shapes.items():
             check_pictures(batch[name], shape)
             if isinstance(shape, list) and math.prod(shape) * batch.num_rows > limit:
-                raise ValueError(
-                    f"{batch.num_rows} pictures of {shape} are too many for the memory"
-                )
+                raise ValueError(f"{batch.num_rows} rows of {shape} are too many for the memory")
 
 
 def main():

@@ -146,10 +146,12 @@ def checkpoint_names(model, train):
     return {n for n, p in model.named_parameters() if p.requires_grad or train == "all"}
 
 
-def trained_state(model, train):
-    """The tensors of a checkpoint, on the CPU."""
+def trained_state(model, train, step):
+    """The tensors of a checkpoint, on the CPU. Raises UserError as check_finite does."""
     names = checkpoint_names(model, train)
-    return {n: p.detach().cpu().clone() for n, p in model.named_parameters() if n in names}
+    state = {n: p.detach().cpu().clone() for n, p in model.named_parameters() if n in names}
+    check_finite(state, step)
+    return state
 
 
 def check_finite(state, step):
@@ -163,11 +165,10 @@ def check_finite(state, step):
 def save_checkpoint(path, step, state, settings, notes, base, environment, data, format=FORMAT):
     """Write the policy as it is after a step, with all that acting needs besides base.
 
-    state: its tensors; notes: what was chosen and why, as in settings.resolve; base as in
-    build_model; data: Trajectories, for the observations' mean and deviation. Raises UserError if
-    a tensor is not finite, or the file cannot be written: one that was there stays as it was.
+    state: its tensors, finite ones; notes: what was chosen and why, as in settings.resolve; base as
+    in build_model; data: Trajectories, for the observations' mean and deviation. Raises UserError
+    if the file cannot be written: one that was there stays as it was.
     """
-    check_finite(state, step)
     checkpoint = {
         "format": format,
         "settings": settings,

@@ -9,28 +9,28 @@ windows need no padding. An episode that has ended is no longer shown to the mod
 """
 
 import json
+import sys
 from collections import deque
-from contextlib import nullcontext, suppress
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 
-import gymnasium as gym
 import numpy as np
-import psutil
 import torch
 from tqdm import tqdm
 
 from checkpoint import build_model, load_model, read_checkpoint
-from files import check_memory
+from environments import make_vector_env
+from files import check_writable
 from load_gpt2 import TEXT_TOKENS, talk
 from lora import merged, round_frozen
 from plumbing import (
     Parser,
     UserError,
     check_numbers,
+    check_package,
     choose_device,
     counted,
-    first_line,
     give_back_memory,
     printable,
     run_command,
@@ -38,7 +38,6 @@ from plumbing import (
 from run_folder import written
 from spaces import (
     action_size,
-    check_fit,
     decode_actions,
     encode_actions,
     flatten,
@@ -47,113 +46,22 @@ from spaces import (
     observation_shape,
     shrink,
 )
-from tasks import make_env, normalised_score, trust
+from tasks import normalised_score, trust
 from text import find_text, get_encoding, tokenise
 from watch import Gif, Mp4, film, map_attention
 from windows import STACK
 
-LARGEST_REWARD = 1e30  # a sum of them, divided by any scale, still fits into 32 bits
 LONGEST_EPISODE = 108_000  # steps, where no limit is known: as many as ALE plays frames
 SEED = 1_000_000  # the first episode's environment seed, far from those data is recorded with
 
 
-# --- environments --------------------------------------------------------------------------------
-
-
-class Guard(gym.Wrapper):
-    """An environment whose failures end its own episode, and no other's.
-
-    Where it raises, or gives an observation of another shape than its space's, or one or a reward
-    that is not finite in the 32 bits that a model reads, the episode ends with what it has earned,
-    and info["lamo_failed"] says why. Its own info is left out: nothing here reads it, and that of
-    several environments may not go together.
-    """
-
-    def reset(self, **how):
-        self.failed = None
-        try:
-            self.last, _ = self.env.reset(**how)
-            self.failed = wrong_with(self.observation_space, self.last)
-            if self.failed is None:
-                return self.last, {}
-            self.failed = f"reset gave an observation that is {self.failed}"
-        except Exception as error:  # the environment's own kinds
-            self.failed = f"reset raised {type(error).__name__}: {first_line(error)}"
-        self.observation_space.seed(0)
-        self.last = self.observation_space.sample()  # of the right shape
-        return self.last, {}
-
-    def step(self, action):
-        if self.failed is None:
-            try:
-                observation, reward, terminated, truncated, _ = self.env.step(action)
-                reward, ends = float(reward), (bool(terminated), bool(truncated))
-                wrong = wrong_with(self.observation_space, observation)
-                if wrong is None and abs(reward) < LARGEST_REWARD:  # NaN is not, either
-                    self.last = observation
-                    return observation, reward, *ends, {}
-                what = (
-                    f"an observation that is {wrong}"
-                    if wrong
-                    else f"a reward ({reward}) that is not finite"
-                )
-                self.failed = f"gave {what}"
-            except Exception as error:
-                self.failed = f"raised {type(error).__name__}: {first_line(error)}"
-        return self.last, 0.0, True, False, {"lamo_failed": self.failed}
-
-    def close(self):
-        with suppress(Exception):  # of the environment's own kinds; its episodes are over
-            self.env.close()
-
-
-def wrong_with(space, observation):
-    """What is wrong with an observation, however it is nested, as words, or None: it is sound."""
-    if isinstance(space, gym.spaces.Dict):
-        parts = [wrong_with(part, observation[key]) for key, part in space.spaces.items()]
-        return next((wrong for wrong in parts if wrong), None)
-    if isinstance(space, gym.spaces.Tuple):
-        if len(observation) != len(space.spaces):
-            return f"of {len(observation)} parts, not {len(space.spaces)}"
-        return next((w for w in map(wrong_with, space.spaces, observation) if w), None)
-    if space.shape is None:  # a graph, a text: nothing here reads it
-        return None
-    values = np.asarray(observation)
-    if values.shape != space.shape or values.dtype.kind not in "biuf":
-        return f"{values.dtype} {values.shape}, not {space.dtype} {space.shape}"
-    with np.errstate(over="ignore"):  # what is beyond 32 bits becomes infinite
-        if values.dtype.kind == "f" and not np.isfinite(values.astype(np.float32)).all():
-            return "not finite"
-    return None
-
-
-def make_vector_env(environment, n, render_mode=None):
-    """n environments stepped together; an ended one starts anew by itself at its next step.
-
-    Raises UserError if they would not fit into memory, by what those made so far have taken.
-    """
-    made = [Guard(make_env(environment.spec, render_mode=render_mode))]  # loads its libraries too
-    before = psutil.Process().memory_info().rss
-    while len(made) < n:
-        made.append(Guard(make_env(environment.spec, render_mode=render_mode)))
-        more = len(made) - 1
-        if more & (more - 1) == 0:  # 1, 2, 4, ...: one alone may lie in memory freed before
-            grown = psutil.Process().memory_info().rss - before
-            check_memory((n - len(made)) * grown // more, f"{n} times {environment.spec.id}")
-    envs = gym.vector.SyncVectorEnv([lambda env=env: env for env in made])
-    seen, done = envs.single_observation_space, envs.single_action_space
-    check_fit("what the policy sees", environment.observation_space, seen)
-    check_fit("what the policy does", environment.action_space, done, bounds=True)
-    return envs
+# --- rollouts ------------------------------------------------------------------------------------
 
 
 def longest_episode(settings, environment):
     """After how many steps an episode is cut, by the run's limit or the environment's."""
     limits = [settings["episode_limit"], environment.spec.max_episode_steps]
     return min((limit for limit in limits if limit), default=LONGEST_EPISODE)
-
-
-# --- rollouts ------------------------------------------------------------------------------------
 
 
 @torch.no_grad()
@@ -390,6 +298,8 @@ def main():
     environment = checkpoint["environment"]
     play = partial(rollout, model, environment, settings, stats)
     if args.attention:
+        check_package("matplotlib", "--attention")
+        check_writable(Path(args.attention).parent, "--attention in")
         at = settings["context"] - 1 if args.at is None else args.at
         longest = longest_episode(settings, environment)
         if at >= longest:
@@ -397,7 +307,8 @@ def main():
         map_attention(play, model.gpt, targets[0], seed, at, args.attention)
         return
     if args.video or args.gif:
-        results = film(play, environment, targets, seed, {Mp4: args.video, Gif: args.gif})
+        films = {Mp4: args.video, Gif: args.gif}
+        results = film(play, environment, targets, seed, films, sys.stderr if quiet else None)
     else:
         results = play(targets, episodes, seed, progress=not quiet)
     if args.json:

@@ -136,6 +136,22 @@ def locked(path):
         lock.release()
 
 
+def try_lock(path):
+    """A lock on a file of that name until its `release`; None if another process has it.
+
+    Raises UserError where no file can be locked.
+    """
+    lock = FileLock(path)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        return None
+    except (OSError, NotImplementedError) as error:
+        why = getattr(error, "strerror", None) or error
+        raise UserError(f"cannot lock {path}: {why}; use a disk that can") from error
+    return lock
+
+
 # --- reading -------------------------------------------------------------------------------------
 
 

@@ -289,7 +289,7 @@ class LaMo(nn.Module):
         """Predict the action of every step from all that came before it.
 
         rtg (B, K, 1) returns-to-go over the task's scale; obs (B, K, O) normalised, or frames
-        (B, K + STACK - 1, 84, 84) as data.sample_windows gives them; act (B, K, A) numbers or
+        (B, K + STACK - 1, 84, 84) as windows.sample_windows gives them; act (B, K, A) numbers or
         (B, K) ids, where act[:, t] is read only by later steps; timestep (B, K) int, clipped to
         the time embedding. Padding stands on the right, and what it holds does not matter.
         Returns actions (B, K, A) or logits (B, K, n).

@@ -9,11 +9,12 @@ import ctypes
 import difflib
 import functools
 import gc
-import importlib
+import importlib.util
 import inspect
 import math
 import os
 import re
+import shlex
 import signal
 import sys
 import threading
@@ -200,6 +201,7 @@ def parse_flags(config, prog, description):
     """
     parser = Parser(prog=prog, description=description)
     kinds = {field.name: field.type for field in fields(config)}
+    auto = [field.name for field in fields(config) if field.default == "auto"]
     group = parser
     for line in inspect.getsource(config).splitlines():
         if title := re.fullmatch(r"    # (.*)", line):
@@ -211,37 +213,48 @@ def parse_flags(config, prog, description):
                 options = {"action": argparse.BooleanOptionalAction}
             elif kind in (list[float], list[str]):
                 inner = kind.__args__[0]
-                options = {"type": inner, "nargs": "+", "metavar": inner.__name__.upper()}
+                options = {"nargs": "+", "metavar": inner.__name__.upper()}
+                options["type"] = or_auto(inner) if name in auto else inner
             else:
                 options = {"type": kind, "metavar": kind.__name__.upper()}
+                options["type"] = or_auto(kind) if name in auto else kind
             default = default.strip('"')
             shown = f" (default {default})" if default not in ("", "None") else ""
             help_text = f"{comment}{shown}".replace("%", "%%")
             flag = "--" + name.replace("_", "-")
             group.add_argument(flag, default=argparse.SUPPRESS, help=help_text, **options)
     typed = vars(parser.parse_args())
-    return {name: value for name, value in typed.items() if value != "auto"}
+    left = [name for name in auto if typed.get(name) in ("auto", ["auto"])]
+    return {name: value for name, value in typed.items() if name not in left}
+
+
+def or_auto(kind):
+    """What makes a flag's value of its text, which may be the word auto instead."""
+
+    def parse(text):
+        return text if text == "auto" else kind(text)
+
+    parse.__name__ = kind.__name__  # how argparse names it in errors
+    return parse
+
+
+def split_flags(text):
+    """The words of --flags. Raises UserError for quotes that do not close."""
+    try:
+        return shlex.split(text)
+    except ValueError as error:
+        raise UserError(f"--flags {text}: {error}") from error
+
+
+def check_package(package, what):
+    """Raises UserError unless a package is installed: better now than when the work is done."""
+    if importlib.util.find_spec(package) is None:
+        raise UserError(f"{what} needs a package: pip install {package}")
 
 
 def is_number(x):
     """Whether it is a finite number that a float can hold, and no bool."""
     return type(x) in (int, float) and -1e300 < x < 1e300
-
-
-def check_kinds(settings, config, path):
-    """Raises UserError, naming path, unless these are all the settings of a dataclass of them."""
-    for field in fields(config):
-        value, kind = settings.get(field.name), field.type
-        inner = kind.__args__[0] if kind in (list[float], list[str]) else None
-        if inner is not None:
-            inner = (int, float) if inner is float else (inner,)
-            sound = isinstance(value, list) and all(type(x) in inner for x in value)
-        else:
-            sound = isinstance(value, (int, float) if kind is float else kind)
-        sound = sound and (kind is bool or type(value) is not bool)
-        if not sound:
-            why = f"it has {field.name} {str(value)[:40]!r}: damaged, or another version's"
-            raise UserError(f"{path} cannot be gone on with: {why}")
 
 
 def choose_device(name="auto"):
@@ -253,11 +266,10 @@ def choose_device(name="auto"):
         name = "cuda" if torch.cuda.is_available() else "cpu"
     if not re.fullmatch(r"cpu|cuda(:\d+)?", name):
         raise UserError(f"unknown device '{name}'; valid: cuda, cuda:0 (and so on), cpu")
-    device = torch.device(name)
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+    if name != "cpu" and int(name[5:] or 0) >= torch.cuda.device_count():  # torch wraps at 256
         n = torch.cuda.device_count()
         raise UserError(f"--device {name}: PyTorch sees {n} CUDA devices here; use --device cpu")
-    return device
+    return torch.device(name)
 
 
 def choose_dtype(device):
@@ -280,12 +292,20 @@ def be_deterministic():
     torch.utils.deterministic.fill_uninitialized_memory = False  # nothing here reads such memory
 
 
+def n_processes():
+    """How many processes torchrun has begun; 1 without it. Raises UserError for no number."""
+    text = os.environ.get("WORLD_SIZE", "1")
+    if not text.isdecimal() or int(text) < 1:
+        raise UserError(f"WORLD_SIZE is {text[:20]!r}, but torchrun sets it to a number; unset it")
+    return int(text)
+
+
 def join_processes(device):
     """(rank, number of processes, device) of this process under torchrun; (0, 1, device) without.
 
     On CUDA each process has its own device, whatever was asked for. End with leave_processes.
     """
-    world = int(os.environ.get("WORLD_SIZE", 1))
+    world = n_processes()
     if world == 1:
         return 0, 1, device
     if not os.environ.keys() >= {"RANK", "MASTER_ADDR", "MASTER_PORT"}:
@@ -305,6 +325,8 @@ def join_processes(device):
 
 def agree(number, device):
     """The largest of all processes' numbers, in each of them."""
+    if not dist.is_initialized():
+        return number
     number = torch.tensor(number, device=device)
     dist.all_reduce(number, dist.ReduceOp.MAX)
     return int(number)

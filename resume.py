@@ -6,6 +6,7 @@ stranger's, so each part is checked before it is used, and nothing in it is code
 """
 
 import os
+from dataclasses import fields
 from pathlib import Path
 
 import torch
@@ -13,8 +14,8 @@ import torch.distributed as dist
 
 from checkpoint import load_trained
 from files import clear_unfinished, load_tensors, read_json, save_tensors, write_json
-from plumbing import UserError, check_kinds, is_number, printable
-from run_folder import RESUME, code_version, hold, let_go, machine_of, package_versions
+from plumbing import UserError, is_number, printable
+from run_folder import RESUME, code_version, hold, machine_of, package_versions
 
 FORMAT = "lamo-resume-1"  # what resume.pt says it is
 SAVED = {  # what is in it
@@ -137,9 +138,7 @@ def continue_run(path, begun, saved, data, base, world):
     if (folder / "result.json").is_file() or stamp(folder / RESUME) != begun.pop("stamp"):
         raise UserError(f"{folder} was gone on with by another process meanwhile; look again")
     if read_json(folder / "config.json")["settings"] != begun["settings"]:  # --skip-bad-steps
-        let_go(folder)  # its lock is of the file that is replaced
         write_json(folder / "config.json", begun)
-        hold(folder)
     length = saved["log_bytes"] if saved else 0
     log = folder / "log.jsonl"
     if (log.stat().st_size if log.is_file() else 0) < length:
@@ -177,12 +176,13 @@ def restore(path, saved, rank, train, model, optimiser, window_rng, text_rng, de
     train: which of the model's weights are trained. Returns (totals (3,), bad (2,)), the sums that
     the training goes on adding to, on the device. Raises UserError for a state that does not fit.
     """
-    load_trained(model, saved["model"], train, path)
     try:
+        load_trained(model, saved["model"], train, path)
         load_optimiser(optimiser, saved["optimiser"])
         mine = saved["processes"][rank]
-        totals = torch.zeros(3, device=device).copy_(mine["totals"])
-        bad = torch.zeros(2, dtype=torch.int64, device=device).copy_(mine["bad"])
+        totals, bad = mine["totals"].to(device), mine["bad"].to(device)
+        if totals.shape != (3,) or bad.shape != (2,) or bad.dtype != torch.int64 or bad.min() < 0:
+            raise ValueError("its sums are no sums")
         window_rng.set_state(mine["windows"])
         text_rng.set_state(mine["text"])
         torch.set_rng_state(mine["dropout"])
@@ -192,6 +192,22 @@ def restore(path, saved, rank, train, model, optimiser, window_rng, text_rng, de
         why = f"the state in {path} does not fit this run"
         raise UserError(f"{why}; delete resume.pt there to begin it anew") from error
     return totals, bad
+
+
+def check_kinds(settings, config, path):
+    """Raises UserError, naming path, unless these are all the settings of a dataclass of them."""
+    for field in fields(config):
+        value, kind = settings.get(field.name), field.type
+        inner = kind.__args__[0] if kind in (list[float], list[str]) else None
+        if inner is not None:
+            inner = (int, float) if inner is float else (inner,)
+            sound = isinstance(value, list) and all(type(x) in inner for x in value)
+        else:
+            sound = isinstance(value, (int, float) if kind is float else kind)
+        sound = sound and (kind is bool or type(value) is not bool)
+        if not sound:
+            why = f"it has {field.name} {str(value)[:40]!r}: damaged, or another version's"
+            raise UserError(f"{path} cannot be gone on with: {why}")
 
 
 def load_optimiser(optimiser, state):

@@ -5,12 +5,13 @@ log.jsonl      a row for every log_every steps, and one for every evaluation
 ckpt.pt        the last checkpoint; best.pt, that of the best evaluation (see train.py)
 resume.pt      what --resume goes on from, see resume.py; removed when the run is finished
 result.json    the run's score
+run.lock       there while a process is at work on the run, or after it was killed
 """
 
-import fcntl
 import json
 import platform
 import re
+import shutil
 import subprocess
 import sys
 import textwrap
@@ -21,12 +22,14 @@ from pathlib import Path
 
 import torch
 
-from files import write_json
+from files import try_lock, write_json
 from plumbing import UserError, counted, printable
 from tasks import normalised_score
+from trackers import Trackers
 
 RESUME = "resume.pt"  # the file --resume goes on from, see resume.py
-HELD = {}  # folders of runs that this process is at work in: a file of each that is locked
+LOCK = "run.lock"  # held by the process that is at work on the run
+HELD = {}  # folders of runs that this process is at work in, and their locks
 PACKAGES = ("torch", "numpy", "minari", "gymnasium", "mujoco", "gymnasium-robotics", "ale-py")
 PACKAGES += ("h5py", "safetensors", "tiktoken")  # whose versions are recorded
 
@@ -94,7 +97,10 @@ def make_run_folder(settings):
 
 
 def begin_run(settings, environment, notes, data, model, base, world):
-    """Make the run's folder, print what will be done, write it to config.json. Returns a Path."""
+    """Make the run's folder, print what will be done, write it to config.json.
+
+    Returns (a Path, Trackers). Raises UserError where either cannot be had; then no folder is left.
+    """
     folder = make_run_folder(settings)
     n_trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     n_all = sum(p.numel() for p in model.parameters())
@@ -134,32 +140,29 @@ def begin_run(settings, environment, notes, data, model, base, world):
     }
     try:
         write_json(folder / "config.json", config)
+        hold(folder)
+        return folder, Trackers(settings, folder, settings | notes)
     except UserError:
-        folder.rmdir()  # so that the same command can be given again
+        let_go(folder)
+        shutil.rmtree(folder)  # so that the same command can be given again
         raise
-    hold(folder)
-    return folder
 
 
 def hold(folder):
     """Keep a run's folder for this process, until it ends. Raises UserError if another has it."""
     if folder.resolve() in HELD:
         return
-    file = open(folder / "config.json")  # noqa: SIM115  (closed with the process, or by let_go)
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        file.close()
-        raise UserError(
-            f"another process is at work in {folder}; wait for it, or stop it"
-        ) from error
-    HELD[folder.resolve()] = file
+    lock = try_lock(folder / LOCK)
+    if lock is None:
+        raise UserError(f"another process is at work in {folder}; wait for it, or stop it")
+    HELD[folder.resolve()] = lock
 
 
 def let_go(folder):
     """Let other processes have a run's folder."""
-    if file := HELD.pop(folder.resolve(), None):
-        file.close()
+    if lock := HELD.pop(folder.resolve(), None):
+        lock.release()
+        (folder / LOCK).unlink(missing_ok=True)
 
 
 def append_to_log(folder, row):

@@ -4,11 +4,10 @@ A typed flag wins over the method, the method over the task and the preset. What
 tell, for a task that no table knows, is filled in once they are read.
 """
 
-import os
 import shutil
 from dataclasses import asdict
 
-from checkpoint import CHOICES
+from checkpoint import CHOICES, MOST
 from data import choose_targets
 from files import check_writable
 from load_gpt2 import find_weights, is_cached
@@ -18,6 +17,7 @@ from plumbing import (
     choose,
     choose_device,
     choose_dtype,
+    n_processes,
     network_available,
 )
 from tasks import QUALITIES, TASKS, find_task, task_of_dataset
@@ -165,6 +165,11 @@ def complete(settings, notes, data, environment):
     if settings["max_ep_len"] == "auto":
         settings["max_ep_len"] = max(limit or 0, longest)
         source["max_ep_len"] = "the longest episode of the data or the environment"
+    largest = MOST["target"] * settings["scale"]
+    if any(abs(target) > largest for target in settings["targets"]):
+        raise UserError(f"--targets has one beyond {largest:g}; ask for less, or raise --scale")
+    if len(settings["targets"]) * settings["episodes"] > MOST["episodes"]:  # that the data gave
+        check_most(settings)
     targets = ", ".join(f"{target:g}" for target in settings["targets"])
     notes["targets"] = f"{targets} ({source['targets']})"
     notes["scale"] = f"{settings['scale']:g} ({source['scale']})"
@@ -179,6 +184,18 @@ def limit_episodes(settings, notes, data, environment):
         settings["episode_limit"] = LIMIT_OVER_DATA * longest
         notes["episode_limit"] = f"{settings['episode_limit']}, for the environment has none: "
         notes["episode_limit"] += f"{LIMIT_OVER_DATA} times the data's longest episode"
+
+
+def check_most(settings):
+    """Raises UserError for more than a checkpoint may ask for: nobody could evaluate it."""
+    for name in ("context", "episodes", "episode_limit"):
+        if settings[name] > MOST[name]:
+            flag = "--" + name.replace("_", "-")
+            raise UserError(f"{flag} is {settings[name]}, but must be at most {MOST[name]}")
+    n = 1 if settings["targets"] == "auto" else len(settings["targets"])
+    if n * settings["episodes"] > MOST["episodes"]:
+        what = f"{n} targets with {settings['episodes']} episodes each"
+        raise UserError(f"{what} are more than {MOST['episodes']}; lower --episodes")
 
 
 def check(settings):
@@ -196,8 +213,9 @@ def check(settings):
     if settings["targets"] == []:
         raise UserError("--targets is empty: give one at least")
     check_numbers(settings, MAY_BE_ZERO)
+    check_most(settings)
     check_writable(settings["out"], "--out")
-    world = int(os.environ.get("WORLD_SIZE", 1))
+    world = n_processes()
     for name in ("batch", "lm_batch") if settings["lm_coef"] else ("batch",):
         if settings[name] % world:
             flag = "--" + name.replace("_", "-")

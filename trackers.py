@@ -6,14 +6,13 @@
 Neither is needed: log.jsonl has every number. TensorBoard's files are in the run's folder.
 """
 
-import importlib.util
 import os
 import secrets
 import sys
 from contextlib import suppress
 
 from files import write_atomically
-from plumbing import UserError, first_line
+from plumbing import UserError, check_package, first_line
 
 PACKAGES = {"tensorboard": "tensorboard", "wandb": "wandb"}  # flag -> what pip calls it
 WANDB_SECONDS = 10  # how long W&B may take to answer before the run begins
@@ -22,8 +21,8 @@ WANDB_SECONDS = 10  # how long W&B may take to answer before the run begins
 def check_trackers(settings):
     """Raises UserError for a tracker that is asked for but not installed."""
     for flag, package in PACKAGES.items():
-        if settings.get(flag) and importlib.util.find_spec(package) is None:
-            raise UserError(f"--{flag} needs a package: pip install {package}")
+        if settings.get(flag):
+            check_package(package, f"--{flag}")
 
 
 class Trackers:

@@ -19,7 +19,7 @@ import torch.distributed as dist
 import torch.nn as nn
 from tqdm import tqdm
 
-from checkpoint import build_model, check_finite, save_checkpoint, trained_state
+from checkpoint import build_model, save_checkpoint, trained_state
 from data import find_dataset, load_trajectories
 from evaluate import rollout
 from files import check_memory
@@ -161,7 +161,8 @@ def main():
     typed = parse_flags(Config, "train.py", __doc__ + presets())
     trust(typed.get("env_module"))
     begun = saved = None
-    if path := typed.pop("resume", ""):
+    if "resume" in typed:
+        path = typed.pop("resume")
         typed.pop("env_module", None)  # said again, for a run's folder may be a stranger's
         skip = typed.pop("skip_bad_steps", False)
         begun, saved = read_run(path, typed, Config)
@@ -217,10 +218,10 @@ def main():
     if rank == 0:
         if begun:
             folder = continue_run(path, begun, saved, data, base, world)
+            since = saved["step"] if saved else 0
+            trackers = Trackers(settings, folder, settings | notes, since)
         else:
-            folder = begin_run(settings, environment, notes, data, model, base, world)
-        since = (saved["step"] if saved else 0) if begun else None
-        trackers = Trackers(settings, folder, settings | notes, since)
+            folder, trackers = begin_run(settings, environment, notes, data, model, base, world)
         if settings["compile"]:
             print("compiling during the first step; it takes a minute or so", flush=True)
 
@@ -296,8 +297,8 @@ def main():
     due = done % settings["eval_every"] == 0 or done == settings["steps"]
     if done > 0 and due and done not in [e["step"] for e in evaluations]:  # given up at a stop
         if rank == 0:
-            evaluate(trained_state(model, settings["train"]))
-        stopping = stop.number if world == 1 else agree(stop.number, device)
+            evaluate(trained_state(model, settings["train"], step))
+        stopping = agree(stop.number, device)
     for step in range(done + 1, 0 if stopping else settings["steps"] + 1):
         rising = step / max(1, settings["warmup"])
         falling = (1 - (step - 1) / settings["steps"]) / max(settings["cooldown"], 1e-9)
@@ -361,12 +362,11 @@ def main():
                 bar.set_postfix(shown)
 
         if rank == 0 and due:
-            state = trained_state(model, settings["train"])
-            check_finite(state, step)
+            state = trained_state(model, settings["train"], step)
             evaluate(state)
         # Processes stop after the same step, before torchrun's patience of 30 s is over.
         if world == 1 or step % STOP_EVERY == 0 or logged or due:
-            stopping = stop.number if world == 1 else agree(stop.number, device)
+            stopping = agree(stop.number, device)
         if due or stopping:
             processes = state_of_processes(
                 world,
@@ -378,7 +378,7 @@ def main():
             )
             if rank == 0:
                 if not due:  # else it was made for the evaluation
-                    state = trained_state(model, settings["train"])
+                    state = trained_state(model, settings["train"], step)
                 save(folder / "ckpt.pt", step, state)
                 save_run(
                     folder,

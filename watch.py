@@ -192,11 +192,11 @@ class Gif:
         return f"{len(self.images)} frames of {first.width}x{first.height}"
 
 
-def film(play, environment, targets, seed, paths):
+def film(play, environment, targets, seed, paths, said_to=None):
     """Play an episode under each target, write the films, and say so. Returns rollout's results.
 
     play: evaluate.rollout with a model, an environment, settings and statistics; paths: {Mp4: path,
-    Gif: path or None}. Raises UserError where nothing can be drawn.
+    Gif: path or None}; said_to: stdout, or a stream. Raises UserError where nothing can be drawn.
     """
     for path in filter(None, paths.values()):
         check_writable(Path(path).parent, "a film in")
@@ -211,7 +211,8 @@ def film(play, environment, targets, seed, paths):
     results = play(targets, 1, seed, progress=True, watch=watch, render_mode="rgb_array")
     for sink in sinks:
         shown = sink.save()
-        print(f"{sink.path}: {shown}, {sink.rate:g} a second, for {fps:g} steps")
+        what = f"{shown}, {sink.rate:g} a second, for {fps:g} steps"
+        print(f"{sink.path}: {what}", file=said_to)
     return results
 
 
@@ -267,13 +268,11 @@ def draw_attention(path, weights, first_step, heading):
     """The last token's attention (L, H, 3K) as PNG: a line for each layer and head.
 
     Columns are the tokens R, s and a of every step, from the environment's step first_step on.
-    Raises UserError without matplotlib.
+    Needs matplotlib.
     """
-    try:
-        from matplotlib.colors import PowerNorm
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise UserError("--attention needs a package: pip install matplotlib") from error
+    from matplotlib.colors import PowerNorm
+    from matplotlib.figure import Figure
+
     layers, heads, n = weights.shape
     cell = max(0.11, 4.5 / n)  # inches
     size = (1.9 + n * cell, 1.3 + layers * (heads * cell + 0.08))

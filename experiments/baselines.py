@@ -10,7 +10,6 @@ four frames, and is told no target return.
 """
 
 import math
-import os
 import time
 from dataclasses import asdict, dataclass
 
@@ -18,7 +17,7 @@ import torch
 import torch.nn as nn
 from tqdm import tqdm
 
-from checkpoint import check_settings, read_checkpoint, save_checkpoint
+from checkpoint import check_finite, check_settings, read_checkpoint, save_checkpoint
 from data import find_dataset, load_trajectories
 from evaluate import print_table, rollout
 from files import check_writable
@@ -28,15 +27,16 @@ from plumbing import (
     check_numbers,
     choose,
     choose_device,
+    n_processes,
     parse_flags,
     printable,
     run_command,
 )
 from run_folder import append_to_log, begin_run, end_run, record_evaluation
-from settings import choose_task, limit_episodes
+from settings import check_most, choose_task, limit_episodes
 from spaces import action_size, is_choice, is_picture, observation_shape
 from tasks import find_environment, trust
-from trackers import Trackers, check_trackers
+from trackers import check_trackers
 from windows import STACK
 
 try:
@@ -175,7 +175,7 @@ def resolve(typed):
     if settings["algo"] is None:
         raise UserError(f"--algo is missing; give one of {', '.join(algos)}")
     choose("algo", settings["algo"], algos)
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+    if n_processes() > 1:
         raise UserError("baselines train in one process; start them without torchrun")
     check_numbers(typed, MAY_BE_ZERO)
     task = choose_task(settings, typed)
@@ -190,6 +190,7 @@ def resolve(typed):
     # what rollout and the run's folder ask for: a policy that sees one step, and no target
     settings |= {"method": settings["algo"], "context": 1, "scale": 1.0, "dtype": "fp32"}
     settings |= {"targets": [None]}
+    check_most(settings)
     del settings["evaluate"]
     return settings, task, {"preset": "short (no CUDA)" if short else "CORL's steps"}
 
@@ -260,13 +261,14 @@ def train(typed):
     learner = learn_from(environment, settings)
     learner.trained.to(device)
     actor = Actor(learner.policy).to(device)
-    folder = begin_run(settings, environment, notes, data, learner.trained, None, world=1)
-    trackers = Trackers(settings, folder, settings | notes)
+    folder, trackers = begin_run(settings, environment, notes, data, learner.trained, None, world=1)
 
-    def save(name):
+    def save(*names):
         state = {n: t.detach().cpu().clone() for n, t in actor.state_dict().items()}
+        check_finite(state, step)
         run = settings, notes, {}, environment, data
-        save_checkpoint(folder / name, step, state, *run, format=FORMAT)
+        for name in names:
+            save_checkpoint(folder / name, step, state, *run, format=FORMAT)
 
     generator = torch.Generator(data.obs.device).manual_seed(settings["seed"])
     stats, evaluations = (data.obs_mean, data.obs_std), []
@@ -301,9 +303,7 @@ def train(typed):
                 break
             best, score = record_evaluation(folder, trackers, evaluations, step, results)
             bar.set_postfix(score=f"{score:.1f}")
-            save("ckpt.pt")
-            if best:
-                save("best.pt")
+            save("ckpt.pt", *(["best.pt"] if best else []))
         if stop.number:
             break
     stop.restore()
@@ -347,13 +347,12 @@ def evaluate(typed):
     try:
         actor = Actor(learn_from(environment, settings).policy)
         actor.load_state_dict(checkpoint["model"])
-        episodes = settings["episodes"]
-        settings["context"], settings["mode"], settings["scale"], settings["dtype"]
     except (RuntimeError, KeyError, TypeError, ValueError, AttributeError) as error:
         raise UserError(f"{path} does not fit its own settings; it is damaged") from error
     stats = checkpoint["obs_mean"].to(device), checkpoint["obs_std"].to(device)
     results = rollout(
-        actor.to(device), environment, settings, stats, [None], episodes, progress=True
+        *(actor.to(device), environment, settings, stats, [None], settings["episodes"]),
+        progress=True,
     )
     print(f"{printable(settings['env'])}, {settings['algo']}, step {checkpoint['step']}")
     print(f"trained on {printable(checkpoint['chosen'].get('dataset'))}")

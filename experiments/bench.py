@@ -13,13 +13,13 @@ time. Memory is the peak: on a GPU what PyTorch has allocated, on Linux all of t
 """
 
 import importlib.util
-import json
 import platform
 import time
 from collections import deque
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -40,7 +40,7 @@ from experiments.measure import (
     wait,
 )
 from experiments.peer import peer_model
-from files import write_atomically
+from files import check_writable, write_json
 from lora import inject_lora, mark_trainable, merged, round_frozen
 from model import GPT, GPTConfig, LaMo, Objective, attend
 from plumbing import Parser, choose, choose_device, choose_dtype, run_command
@@ -341,6 +341,8 @@ def main():
     for name, given, known in (("models", args.models, SIZES), ("only", args.only, PARTS)):
         for value in given:
             choose(name, value, known)
+    if args.json:  # better now than after the measuring
+        check_writable(Path(args.json).parent, "--json")
     device = choose_device(args.device)
     machine = {
         "device": str(device),
@@ -380,8 +382,7 @@ def main():
                 print(f"{steps:,} steps and {evaluations} whole evaluations, extrapolated:")
                 table.add(f"  {whole / 60:.0f} minutes", whole)
     if args.json:
-        text = json.dumps({"machine": machine, "rows": table.rows}, indent=1) + "\n"
-        write_atomically(args.json, lambda file: file.write(text.encode()))
+        write_json(args.json, {"machine": machine, "rows": table.rows})
 
 
 if __name__ == "__main__":

@@ -8,7 +8,6 @@ proportion, 2 quadratic. A machine has fixed costs, so it starts below 1 and the
 growth costs from there on.
 """
 
-import json
 import math
 from contextlib import nullcontext
 from dataclasses import replace
@@ -19,11 +18,11 @@ import torch
 
 from experiments.bench import SIZES, make_lamo, our_step, selection, synthetic
 from experiments.measure import BATCH, CONTEXT, NAMES, seconds
-from files import check_writable, write_atomically
+from files import check_writable, write_atomically, write_json
 from lora import merged
 from plumbing import (
     Parser,
-    UserError,
+    check_package,
     choose,
     choose_device,
     choose_dtype,
@@ -79,11 +78,9 @@ def short(n):
 
 def plot(rows, path):
     """A panel for each thing that grows, both axes logarithmic. Needs matplotlib."""
-    try:
-        import matplotlib.pyplot as plt
-        from matplotlib.ticker import LogLocator
-    except ImportError as error:
-        raise UserError("--plot needs pip install -r requirements-experiments.txt") from error
+    import matplotlib.pyplot as plt
+    from matplotlib.ticker import LogLocator
+
     kinds = list(dict.fromkeys(row["grows"] for row in rows))
     lines = -(-len(kinds) // 3)
     figure, axes = plt.subplots(lines, 3, figsize=(9, 3 * lines), layout="constrained")
@@ -119,6 +116,8 @@ def main():
     for flag, path in (("--json", args.json), ("--plot", args.plot)):
         if path:  # better now than after the measuring
             check_writable(Path(path).parent, flag)
+    if args.plot:
+        check_package("matplotlib", "--plot")
     device = choose_device(args.device)
     name = args.model or ("gpt2" if device.type == "cuda" else "mini")
     choose("model", name, SIZES)
@@ -137,8 +136,7 @@ def main():
         exponent = "" if row["exponent"] is None else f"{row['exponent']:.2f}"
         print(f"{grows:<26}{value:>12,}  {timed:<22}{row['ms']:>11.3f}{exponent:>10}", flush=True)
     if args.json:
-        text = json.dumps(rows, indent=1) + "\n"
-        write_atomically(args.json, lambda file: file.write(text.encode()))
+        write_json(args.json, rows)
     if args.plot:
         plot(rows, args.plot)
 

@@ -5,8 +5,6 @@ backward to their inputs, and the language model's head. Attention, LoRA, embedd
 optimiser count as nothing. The ceiling is what the machine makes of those products alone.
 """
 
-import ctypes
-import gc
 import os
 import time
 from functools import partial
@@ -14,6 +12,8 @@ from statistics import median
 
 import torch
 import torch.nn.functional as F
+
+from plumbing import give_back_memory
 
 BATCH, CONTEXT = 64, 20  # windows a step and environment steps of each, the paper's on MuJoCo
 CPU = torch.device("cpu")
@@ -40,13 +40,11 @@ def wait(device):
 
 def forget_peak(device):
     """Start anew to watch the peak of memory."""
-    gc.collect()
+    give_back_memory()
     if device.type == "cuda":
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(device)
     elif os.path.exists("/proc/self/clear_refs"):  # Linux
-        if hasattr(ctypes.CDLL(None), "malloc_trim"):
-            ctypes.CDLL(None).malloc_trim(0)  # what earlier rows freed goes back to the system
         with open("/proc/self/clear_refs", "w") as file:
             file.write("5")  # Linux: sets VmHWM to what is in use now
 

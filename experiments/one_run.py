@@ -26,7 +26,7 @@ def name_of(run):
     """The run's folder in --out: its place in the grid."""
     parts = [run["env"], run["method"], f"{run['ratio']:g}"]
     if run["lm"] != "auto":
-        parts.append(Path(run["lm"]).stem)
+        parts.append(Path(run["lm"]).name.removesuffix(".safetensors"))
     return "-".join([*parts, f"s{run['seed']}"]).replace("/", "-")
 
 
@@ -36,7 +36,7 @@ def command_of(run, out, flags):
         command = ["-m", "experiments.baselines", "--algo", run["method"]]
     else:
         command = ["train.py", "--method", run["method"]]
-    command += ["--env", run["env"], "--ratio", f"{run['ratio']:g}", "--seed", str(run["seed"])]
+    command += ["--env", run["env"], "--ratio", str(run["ratio"]), "--seed", str(run["seed"])]
     if run["lm"] != "auto":
         command += ["--lm", run["lm"]]
     place = Path(out).absolute()  # runs start in the root, and need not know where that is
@@ -77,7 +77,6 @@ def carry_out(run, out, flags, threads, at_work=None):
     """
     log = Path(out) / "logs" / f"{name_of(run)}.txt"
     log.parent.mkdir(parents=True, exist_ok=True)
-    environment = {"OMP_NUM_THREADS": str(threads)} | dict(os.environ)
     try:
         command = begin_or_go_on(run, out, flags)
     except UserError as error:
@@ -88,7 +87,7 @@ def carry_out(run, out, flags, threads, at_work=None):
         process = subprocess.Popen(
             command,
             cwd=ROOT,
-            env=environment,
+            env=os.environ | {"OMP_NUM_THREADS": str(threads)},
             stdout=file,
             stderr=subprocess.STDOUT,
             start_new_session=at_work is not None,
@@ -132,9 +131,9 @@ def seconds_a_step(run, out, flags, threads):
     """
     kept = Path(out) / "probes.json"
     try:
-        known = read_json(kept) if kept.is_file() else {}
-    except ValueError:
-        known = {}  # damaged: they are measured again
+        known = {kind: float(seconds) for kind, seconds in read_json(kept).items()}
+    except (OSError, ValueError, TypeError, AttributeError):
+        known = {}  # none yet, or damaged: they are measured again
     key = f"{run['env']} {run['method']} {run['ratio']:g} {run['lm']} {' '.join(flags)}"
     key += f" {threads} threads"
     if key not in known | FAILING:
@@ -144,7 +143,7 @@ def seconds_a_step(run, out, flags, threads):
             probe += ["--episode-limit", 1, "--log-every", PROBE_STEPS]
             probe += ["--name", name_of(run)]
             command = command_of(run, aside, [*flags, *map(str, probe)])
-            environment = {"OMP_NUM_THREADS": str(threads)} | dict(os.environ)
+            environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
             done = subprocess.run(
                 command, cwd=ROOT, env=environment, capture_output=True, text=True
             )
@@ -175,5 +174,7 @@ def steps_of(run, flags):
     typed = values_of(flags).get("--steps", [])
     if len(typed) == 1 and typed[0].isdecimal():
         return int(typed[0])
-    presets = baselines if run["method"] in ALGORITHMS else settings
-    return (presets.PAPER if torch.cuda.is_available() else presets.SHORT)["steps"]
+    short = not torch.cuda.is_available() or values_of(flags).get("--device") == ["cpu"]
+    if run["method"] in ALGORITHMS:
+        return (baselines.SHORT if short else baselines.PAPER)["steps"]
+    return (settings.SHORT if short or run["lm"] == "mini" else settings.PAPER)["steps"]

@@ -15,7 +15,6 @@ The paper asks what of pre-training helps control (its Figure 7): a model stoppe
 """
 
 import hashlib
-import importlib.util
 import json
 import math
 from contextlib import nullcontext
@@ -44,8 +43,8 @@ from plumbing import (
     StopSignals,
     UserError,
     agree,
-    check_kinds,
     check_numbers,
+    check_package,
     choose,
     choose_device,
     choose_dtype,
@@ -55,7 +54,7 @@ from plumbing import (
     parse_flags,
     run_command,
 )
-from resume import load_optimiser
+from resume import check_kinds, load_optimiser
 from text import check_text, get_encoding, sample_text, tokenise
 
 SIZES = {"mini": MINI_CONFIG} | {name: config for name, (_, config) in HUB.items()}
@@ -228,13 +227,13 @@ def main():
     typed = parse_flags(Config, "python -m experiments.pretrain", __doc__)
     rank, world, device = join_processes(choose_device(typed.pop("device", "auto")))
     state = None
-    if path := typed.pop("resume", ""):
+    if "resume" in typed:
+        path = typed.pop("resume")
         for name in typed:
             raise UserError(f"--{name.replace('_', '-')} is as it was; --resume takes none but it")
         state = read_state(path)
     c = Config(**(state["settings"] if state else resolve(typed)))
-    if importlib.util.find_spec("matplotlib") is None:  # better now than after the training
-        raise UserError("the picture needs a package: pip install matplotlib")
+    check_package("matplotlib", "the picture")
     if c.batch % world:
         raise UserError(f"--batch {c.batch} cannot be shared by {world} processes")
     torch.manual_seed(c.seed)
@@ -356,7 +355,7 @@ def main():
             summed, steps_summed = torch.zeros_like(summed), 0
         # Processes stop after the same step, before torchrun's patience of 30 s is over.
         if world == 1 or looking or step % STOP_EVERY == 0:
-            stopping = stop.number if world == 1 else agree(stop.number, device)
+            stopping = agree(stop.number, device)
         if rank == 0 and (looking or stopping):
             state = {
                 "format": FORMAT,

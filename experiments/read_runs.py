@@ -92,6 +92,7 @@ def read_run(folder, remarks):
         if settings.get("pretrained"):  # random weights differ with the seed, as they should
             settings["weights"] = config["base"]["sha256"]
         dataset = re.split(r",| in ", words(config["chosen"]["dataset"]))[0]
+        dataset = words(config["data"].get("dataset") or dataset)  # older runs have the note alone
         plain = "plain returns" in config["chosen"]["environment"]
         run = dict(
             folder=folder,
@@ -135,11 +136,15 @@ def read_run(folder, remarks):
     evaluations = [
         {"step": row["step"], "results": row["evaluation"]} for row in log if "evaluation" in row
     ]
-    missing = sorted(expected - {e["step"] for e in evaluations})
+    steps_seen = [e["step"] for e in evaluations]
+    missing = sorted(expected - set(steps_seen))
     if missing:
         n = "" if len(missing) == 1 else f"{len(missing)} evaluations, as "
         where = f"{n}the evaluation at step {missing[0]}"
         raise UserError(f"{folder}: left out, for its log lacks {where}")
+    if steps_seen != sorted(expected):
+        where = "evaluations that are there twice, out of order or where none is due"
+        raise UserError(f"{folder}: left out, for its log has {where}")
     try:
         bad = [e["step"] for e in evaluations for r in e["results"] if not is_number(r["score"])]
         if bad:
@@ -216,7 +221,10 @@ def name_runs(runs):
         for run in same:
             other = [k for k in keys if run.settings[k] != usual.settings[k]]
             if "lm" in other and "weights" in other:
-                other.remove("weights")  # the name says as much
+                lm = written("lm", run.settings["lm"])
+                alike = [r.settings for r in same if written("lm", r.settings["lm"]) == lm]
+                if len({s["weights"] for s in alike}) == 1:
+                    other.remove("weights")  # the name says as much
             parts = [written(k, run.settings[k]) for k in other]
             run.name = ", ".join([run.method, *parts])
 
@@ -224,7 +232,7 @@ def name_runs(runs):
 def written(name, value):
     """A setting as a column's name has it."""
     if name == "lm":
-        return words(Path(str(value)).stem)
+        return words(Path(str(value)).name.removesuffix(".safetensors"))
     if name == "weights":
         return words(f"weights {str(value)[:8]}")
     value = str(" ".join(map(str, value)) if isinstance(value, list) else value)

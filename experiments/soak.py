@@ -20,7 +20,7 @@ from pathlib import Path
 import psutil
 
 from files import check_writable, write_atomically, write_json
-from plumbing import Parser, UserError, run_command
+from plumbing import Parser, UserError, check_package, run_command, split_flags
 from run_folder import code_version
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -127,10 +127,11 @@ def main():
     if arguments.steps < 10 * EVALUATIONS:
         raise UserError(f"--steps is {arguments.steps}, but must be at least {10 * EVALUATIONS}")
     check_writable(arguments.out, "--out")
+    check_package("matplotlib", "the picture")
     out = Path(arguments.out).absolute()
     evaluated = arguments.steps // EVALUATIONS
     every = max(1, evaluated // 10)
-    command = [sys.executable, "train.py", *shlex.split(arguments.flags), "--name", "run"]
+    command = [sys.executable, "train.py", *split_flags(arguments.flags), "--name", "run"]
     command += ["--steps", str(arguments.steps), "--eval-every", str(evaluated)]
     command += ["--log-every", str(every), "--out", str(out)]
     if (out / "run").exists():

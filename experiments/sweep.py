@@ -11,9 +11,7 @@ are skipped, interrupted ones resumed (baselines, which cannot be, begin anew), 
 at the end with their output's last lines, while the others go on.
 """
 
-import fcntl
 import os
-import shlex
 import sys
 import threading
 import time
@@ -36,8 +34,18 @@ from experiments.one_run import (
     steps_of,
     values_of,
 )
-from files import check_writable, read_json
-from plumbing import Parser, StopSignals, UserError, choose, counted, is_number, run_command
+from files import check_writable, read_json, try_lock
+from plumbing import (
+    Parser,
+    StopSignals,
+    UserError,
+    choose,
+    counted,
+    is_number,
+    printable,
+    run_command,
+    split_flags,
+)
 from tasks import find_task
 
 POLL_SECONDS = 1.0  # between looks at the runs' logs
@@ -112,10 +120,7 @@ def alike(before, typed):
 
 def flags_of(text):
     """--flags as a list of words. Raises UserError for those that the sweep itself gives."""
-    try:
-        words = shlex.split(text)
-    except ValueError as error:
-        raise UserError(f"--flags {text}: {error}") from error
+    words = split_flags(text)
     if words and words[0][:2] != "--":
         raise UserError(f"--flags begins with {words[0]}, but a flag begins with --")
     for flag in ("--env", "--method", "--algo", "--ratio", "--seed", "--lm", "--out", "--name"):
@@ -134,6 +139,7 @@ def estimate(runs, out, flags, workers, threads):
     for run in runs:
         folder = Path(out) / name_of(run)
         done, steps, seconds = progress_of(run, out)
+        done = 0 if run["method"] in ALGORITHMS else done  # baselines begin anew
         if not seconds:
             seconds = seconds_a_step(run, out, flags, threads)
             failing += seconds is None
@@ -153,7 +159,7 @@ def estimate(runs, out, flags, workers, threads):
 
 
 def run_locally(runs, out, flags, workers, threads):
-    """Carry out runs, `workers` at a time, with one bar. Returns those that failed."""
+    """Carry out runs, `workers` at a time, with one bar."""
     waiting, failed, lock = list(reversed(runs)), [], threading.Lock()
     at_work, told = [], []  # processes; those that were told to stop
 
@@ -163,10 +169,15 @@ def run_locally(runs, out, flags, workers, threads):
                 if not waiting:
                     return
                 run = waiting.pop()
-            if carry_out(run, out, flags, threads, at_work) and not stop.number:
+            why = ""
+            try:
+                code = carry_out(run, out, flags, threads, at_work)
+            except OSError as error:  # a full disk, a file where a folder should be
+                code, why = 1, f" ({error})"
+            if code and not stop.number:
                 failed.append(run)
                 others = "; the others go on" if len(runs) > 1 else ""
-                bar.write(f"failed: {name_of(run)}{others}")
+                bar.write(f"failed: {name_of(run)}{printable(why)}{others}")
 
     stop = StopSignals("stopping once the runs at work have saved what they have")
     pool = [threading.Thread(target=work, daemon=True) for _ in range(workers)]
@@ -202,11 +213,10 @@ def run_locally(runs, out, flags, workers, threads):
     if stop.number:
         print("stopped; the same command goes on")
         raise SystemExit(128 + stop.number)
-    return failed
 
 
 def run_on_cluster(runs, out, flags, arguments):
-    """Hand runs to a cluster through submitit, and wait for them. Returns those that failed."""
+    """Hand runs to a cluster through submitit, and wait for them."""
     try:
         import submitit
     except ImportError as error:
@@ -221,16 +231,11 @@ def run_on_cluster(runs, out, flags, arguments):
         )
     with executor.batch():
         jobs = [executor.submit(carry_out, run, out, flags, arguments.threads) for run in runs]
-    failed = []
     for run, job in tqdm(list(zip(runs, jobs, strict=True)), desc="runs", unit="run"):
         try:
-            code = job.result()
+            job.result()
         except Exception as error:  # a job that was killed, or never ran
             print(f"{name_of(run)}: {error}", file=sys.stderr)
-            code = 1
-        if code:
-            failed.append(run)
-    return failed
 
 
 # --- the command ---------------------------------------------------------------------------------
@@ -260,11 +265,16 @@ def runs_of(arguments):
         studies = ", ".join(STUDIES)
         raise UserError(f"nothing to do: name a study ({studies}), or a grid: --env NAME,NAME ..")
     for run in runs:
-        find_task(run["env"])
         choose("method", run["method"], [*settings.METHODS, *ALGORITHMS])
         if not 0 < run["ratio"] <= 1:
             raise UserError(f"--ratio has {run['ratio']:g}, but must be above 0 and at most 1")
-    runs = list({name_of(run): run for run in runs}.values())
+    of_name = {}
+    for run in runs:
+        run = run | {"env": find_task(run["env"])[0]}  # as it is written in tasks.py
+        if of_name.setdefault(name_of(run), run) != run:
+            why = "name ratios or language models that differ more"
+            raise UserError(f"two runs of that grid would both be called {name_of(run)}; {why}")
+    runs = list(of_name.values())
     if not runs:
         raise UserError(f"no run of {arguments.study or 'that grid'} is left by these flags")
     return runs
@@ -273,12 +283,13 @@ def runs_of(arguments):
 @contextmanager
 def held(out):
     """Within this, no other sweep works in --out. Raises UserError if one does already."""
-    with open(Path(out) / ".sweep.lock", "w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            raise UserError(f"another sweep is at work in {out}; give another --out") from error
+    lock = try_lock(Path(out) / ".sweep.lock")
+    if lock is None:
+        raise UserError(f"another sweep is at work in {out}; give another --out")
+    try:
         yield
+    finally:
+        lock.release()
 
 
 def sweep(runs, out, flags, arguments):
@@ -293,9 +304,10 @@ def sweep(runs, out, flags, arguments):
             raise SystemExit(1)
         return
     if arguments.cluster:
-        failed = run_on_cluster(runs, out, flags, arguments)
+        run_on_cluster(runs, out, flags, arguments)
     else:
-        failed = run_locally(runs, out, flags, arguments.workers, arguments.threads)
+        run_locally(runs, out, flags, arguments.workers, arguments.threads)
+    failed = [run for run in runs if state_of(Path(out) / name_of(run)) != "finished"]
     for run in failed:
         print(f"failed: {name_of(run)}", *last_lines(run, out), sep="\n    ")
     print(f"{len(runs) - len(failed)} of {len(runs)} runs finished")
@@ -315,7 +327,11 @@ def main():
     add("--flags", default="", help='more flags for each run, in quotes: --flags "--steps 500"')
     add("--out", default="runs", help="where the runs' folders are (default: runs)")
     add("--workers", type=int, default=1, help="runs at a time (default: 1)")
-    add("--threads", type=int, help="CPU threads of a run (default: the cores, shared out)")
+    add(
+        "--threads",
+        type=int,
+        help="CPU threads of a run (default: OMP_NUM_THREADS, or the cores, shared out)",
+    )
     add("--dry-run", action="store_true", help="list the runs and how long they take, no more")
     add("--cluster", help="slurm; or local, which is submitit without a cluster")
     add("--partition", help="SLURM's")
@@ -332,7 +348,10 @@ def main():
         raise UserError(f"--workers is {arguments.workers}, but must be at least 1")
     if arguments.threads is not None and arguments.threads < 1:
         raise UserError(f"--threads is {arguments.threads}, but must be at least 1")
-    arguments.threads = arguments.threads or max(1, (os.cpu_count() or 1) // arguments.workers)
+    if arguments.threads is None:  # then the user's own OMP_NUM_THREADS, if there is one
+        shared = max(1, (os.cpu_count() or 1) // arguments.workers)
+        said = os.environ.get("OMP_NUM_THREADS", "")
+        arguments.threads = int(said) if said.isdecimal() and int(said) else shared
     runs, out, flags = runs_of(arguments), arguments.out, flags_of(arguments.flags)
     check_writable(out, "--out")
     Path(out).mkdir(parents=True, exist_ok=True)

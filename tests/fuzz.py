@@ -367,15 +367,19 @@ class Readers:
         from experiments import report
         from plumbing import run_command
 
-        shutil.copytree(self.sound / "run", at / "one")
-        (at / "one" / "result.json").write_text('{"score": 1.0}')
+        for name in ("one", "two"):  # of two seeds, whose mean is drawn
+            shutil.copytree(self.sound / "run", at / name)
+            (at / name / "result.json").write_text('{"score": 1.0}')
+        config = json.loads((at / "two" / "config.json").read_text())
+        config["settings"]["seed"] += 1
+        (at / "two" / "config.json").write_text(json.dumps(config))
         name = draw.choice(["config.json", "config.json", "log.jsonl", "result.json"])
         path = at / "one" / name
         lines = [path.read_bytes()] if name == "config.json" else path.read_bytes().splitlines()
         i = draw.randrange(len(lines))
         lines[i] = spoil_json(draw, lines[i])
         path.write_bytes(b"\n".join(lines))
-        figures = [] if draw.random() < 0.02 else ["--no-figures"]
+        figures = [] if draw.random() < 0.05 else ["--no-figures"]
         sys.argv = ["report", str(at), "--out", str(at / "report"), *figures]
         run_command(report.main)
 
@@ -473,10 +477,7 @@ def watch(folder):
 def work(seed, first, n, folder):
     """Feed inputs `first` to `first + n`, one JSON line each to stdout."""
     os.environ |= {"HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
-    os.environ |= {
-        "LAMO_CACHE": f"{folder}/cache",
-        "MINARI_DATASETS_PATH": f"{folder}/sound/minari",
-    }
+    os.environ["LAMO_CACHE"] = f"{folder}/cache"
     os.environ |= {"HOME": str(folder), "TMPDIR": str(folder), "MPLCONFIGDIR": str(folder)}
     os.environ["MINARI_DATASETS_PATH"] = f"{folder}/sound/minari"
     (folder / f"{CANARY}.py").write_text(

@@ -18,7 +18,7 @@ import tasks
 import train
 from checkpoint import load_model, read_checkpoint
 from data import find_dataset, load_trajectories
-from evaluate import make_vector_env
+from environments import make_vector_env
 from experiments import baselines
 from files import load_tensors
 from load_gpt2 import load_gpt2

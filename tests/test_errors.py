@@ -23,7 +23,7 @@ from checkpoint import FORMAT, build_model, trained_state
 from data import BUNDLED
 from experiments import collect, pretrain
 from files import write_atomically
-from plumbing import UserError, run_command
+from plumbing import UserError, parse_flags, run_command
 from settings import resolve
 from tasks import TASKS, pack
 
@@ -82,7 +82,13 @@ BAD_TRAIN_FLAGS = {
     "--dataset short.txt": "short.txt is a file; give the dataset's folder",
     "--dataset .": "is no whole Minari dataset: it lacks data/metadata.json",
     "--env CartPole-v1": "anything else is found from its data: --dataset instead of --env",
-    "--context 500000": "--context 500000 with --batch 64 would take",
+    "--context 500000": "--context is 500000, but must be at most 10000",
+    "--context 9000": "--context 9000 with --batch 64 would take",
+    "--episode-limit 2000000000": "must be at most 1000000000",
+    "--targets 1 2 3 4 --episodes 501": "4 targets with 501 episodes each are more than 2000",
+    "--targets 1e13": "--targets has one beyond 1e+12",
+    "--method auto": "unknown method 'auto'",
+    "--quality auto": "unknown quality 'auto'",
     "--env-module no_such": "--env-module no_such: there is no such module",
     "--cooldown 1.5": "--cooldown is 1.5, but is a share: at most 1",
     "--steps 0": "--steps is 0, but must be above 0",
@@ -95,6 +101,8 @@ BAD_TRAIN_FLAGS = {
     "--stepz 3": "unrecognized arguments: --stepz 3",
     "--device tpu": "unknown device 'tpu'; valid: cuda, cuda:0 (and so on), cpu",
     "--device cpu:x": "unknown device 'cpu:x'",
+    "--device cuda:256": "PyTorch sees 0 CUDA devices here",
+    "--device cuda:99999999999": "PyTorch sees 0 CUDA devices here",
     "--device cuda:9": "--device cuda:9: PyTorch sees 0 CUDA devices here",
     "--seed 99999999999999": "--seed is 99999999999999, but must be below 2147483648",
     "--targets nan": "--targets has nan in it, but must be finite",
@@ -113,6 +121,28 @@ def test_train_refuses(error_of, flags):
     Path("short.txt").write_text("12345")
     arguments = [] if "--ratio" in flags else ["--ratio", "0.01"]
     assert BAD_TRAIN_FLAGS[flags] in error_of(train.main, *flags.split(), *arguments)
+
+
+def test_a_number_of_processes_that_is_none(error_of, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "abc")
+    for main in (train.main, pretrain.main):
+        arguments = ["--text", "x"] if main is pretrain.main else []
+        assert "WORLD_SIZE is 'abc'" in error_of(main, *arguments)
+
+
+def test_a_run_to_go_on_with_is_never_taken_for_none(error_of):
+    for nothing in ("", "auto"):
+        assert "it has no config.json" in error_of(train.main, "--resume", nothing)
+
+
+def test_auto_is_what_is_taken_anyway(monkeypatch):
+    words = "x --steps auto --targets auto --lr auto --lm auto"
+    monkeypatch.setattr(sys, "argv", words.split())
+    assert parse_flags(train.Config, "x", "") == {}
+    words = "x --steps 3 --targets 1 2 --method auto --out auto"
+    monkeypatch.setattr(sys, "argv", words.split())
+    expected = {"steps": 3, "targets": [1.0, 2.0], "method": "auto", "out": "auto"}
+    assert parse_flags(train.Config, "x", "") == expected
 
 
 def test_cuda_asked_for_and_absent(error_of):
@@ -223,7 +253,7 @@ def checkpoint(hopper):
         "base": base,
         "chosen": notes | {"dataset": "none"},
         "step": 0,
-        "model": trained_state(model, "all"),
+        "model": trained_state(model, "all", 0),
         "obs_mean": torch.zeros(11),
         "obs_std": torch.ones(11),
         "environment": pack(hopper),

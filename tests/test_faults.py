@@ -234,4 +234,4 @@ def test_the_kernels_own_refusal_is_one_line(tmp_path):
     line = done.stderr.replace("\r", "\n").strip().splitlines()[-1]
     assert line == f"error: cannot write {tmp_path / 'run' / 'best.pt'}: File too large"
     there = sorted(path.name for path in (tmp_path / "run").iterdir())
-    assert there == ["config.json", "log.jsonl"]
+    assert there == ["config.json", "log.jsonl", "run.lock"]

@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 import torch
 
-from evaluate import rollout, wrong_with
+from environments import wrong_with
+from evaluate import rollout
 from tasks import Environment
 
 SETTINGS = {"context": 2, "scale": 1.0, "mode": "normal", "dtype": "fp32", "episode_limit": 0}
@@ -125,6 +126,19 @@ def test_sound_episodes_are_told_as_such(fragile):
     assert result["failed"] == []
 
 
+def test_an_ended_episode_is_not_begun_anew(fragile, monkeypatch):
+    resets, really = [], Fragile.reset
+
+    def reset(self, **how):
+        resets.append(how)
+        return really(self, **how)
+
+    monkeypatch.setattr(Fragile, "reset", reset)
+    (result,) = rollout(Still(), fragile, SETTINGS, STATS, [1.0], 4, seed=50)
+    assert result["lengths"] == [10, 4, 4, 4]  # the first goes on after the others' ends
+    assert len(resets) == 4
+
+
 def test_a_stop_is_no_failure_of_the_environment(fragile, monkeypatch):
     def interrupted(self, action):
         raise KeyboardInterrupt
@@ -152,6 +166,9 @@ def nested(part):
         (box(1), np.array([1e300]), "not finite"),  # in the 32 bits that a model reads
         (box(4, 4, dtype=np.uint8), np.zeros((4, 4), np.uint8), None),
         (gym.spaces.Discrete(9), 7, None),
+        (gym.spaces.Discrete(9), 9, "9, not in Discrete(9)"),
+        (gym.spaces.Discrete(9, start=1), np.int64(0), "0, not in Discrete(9, start=1)"),
+        (gym.spaces.Discrete(9), 2.5, "2.5, not in Discrete(9)"),
         (gym.spaces.Discrete(9), float("inf"), "not finite"),
         (nested(box(1)), {"a": np.zeros(2), "b": (np.zeros(1), {"c": [np.inf]})}, "not finite"),
         (nested(box(1)), {"a": np.zeros(2), "b": (np.zeros(1),)}, "of 1 parts, not 2"),
@@ -163,7 +180,7 @@ def test_every_number_is_looked_at(space, observation, wrong):
     assert wrong_with(space, observation) == wrong
 
 
-def test_a_run_counts_them(fragile, monkeypatch, tmp_path, capsys):
+def test_a_run_counts_them(fragile):
     import run_folder
 
     results = rollout(Still(), fragile, SETTINGS, STATS, [1.0], 6, seed=50)

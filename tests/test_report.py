@@ -134,6 +134,23 @@ def test_runs_of_other_settings_have_a_column_of_their_own(tmp_path):
     assert means == {"lamo": 50, "dt": 20, "lamo, steps 4": 70, "lamo, mini-lm-early": 40}
 
 
+def test_language_models_of_one_file_name_are_not_averaged(tmp_path):
+    for i, (place, weights) in enumerate(
+        (("a/x", "1"), ("b/x", "2"), ("mini", "0"), ("mini", "0"))
+    ):
+        folder = write_run(tmp_path, str(i), rising(10.0 * i), seed=i, lm=place, pretrained=True)
+        config = json.loads((folder / "config.json").read_text())
+        config["base"]["sha256"] = weights * 64
+        (folder / "config.json").write_text(json.dumps(config))
+    cells = make_cells(*read_runs([tmp_path]))
+    names = {name: cell.scores.tolist() for (_, name), cell in cells.items()}
+    assert names == {
+        "lamo": [20.0, 30.0],
+        "lamo, x, weights 11111111": [0.0],
+        "lamo, x, weights 22222222": [10.0],
+    }
+
+
 def test_a_ratio_is_a_row_and_so_is_a_dataset(tmp_path, monkeypatch):
     for ratio, score in ((0.01, 50.0), (0.1, 60.0)):
         place = {"ratio": ratio}
@@ -164,6 +181,12 @@ def test_what_cannot_be_counted_is_one_line_each_and_the_rest_is_reported(
     write_run(runs, "going", rising(1.0)[:2], "dt", finished=False)
     cut = write_run(runs, "cut", rising(1.0), "wiki-rl") / "log.jsonl"
     cut.write_text(cut.read_text()[:-40])
+    twice = write_run(runs, "twice", rising(1.0), "wiki-rl", seed=1) / "log.jsonl"
+    twice.write_text(twice.read_text() + twice.read_text().splitlines()[-1] + "\n")
+    between = write_run(runs, "between", rising(1.0), "wiki-rl", seed=2) / "log.jsonl"
+    rows = between.read_text().splitlines()
+    rows.insert(4, rows[1].replace('"step": 2', '"step": 3'))
+    between.write_text("\n".join(rows))
     write_run(runs, "no-log", rising(1.0), "cql")
     (runs / "no-log" / "log.jsonl").unlink()
     (runs / "foreign").mkdir()
@@ -177,7 +200,9 @@ def test_what_cannot_be_counted_is_one_line_each_and_the_rest_is_reported(
     empty.mkdir()
     command(monkeypatch, runs, empty, "--out", tmp_path / "report", "--no-figures")
     printed = capsys.readouterr().out.splitlines()
+    odd = "evaluations that are there twice, out of order or where none is due"
     assert printed[:-1] == [
+        f"{runs / 'between'}: left out, for its log has {odd}",
         f"{runs / 'cut'}/log.jsonl: line 10 cannot be read",
         f"{runs / 'cut'}: left out, for its log lacks the evaluation at step 10",
         f"{runs / 'foreign'}: config.json is not of this project, or damaged",
@@ -186,6 +211,7 @@ def test_what_cannot_be_counted_is_one_line_each_and_the_rest_is_reported(
         f"{runs / 'no-log'}: left out, for it has no log.jsonl",
         f"{runs / 'not-a-number'}: left out, for its score at step 6 is not a number",
         f"{runs / 'pictures'}: no run, for it has no config.json",
+        f"{runs / 'twice'}: left out, for its log has {odd}",
         f"{empty}: no run in it",
         f"{runs / 'good-0-again'}: the same run as {runs / 'good-0'}, which is counted",
     ]

@@ -149,6 +149,20 @@ def test_what_cannot_be_resumed_is_said_in_one_line(stopped, monkeypatch, tmp_pa
     torch.save({"format": "other"}, stopped / "resume.pt")
     assert "is another version's" in says(stopped)
     (stopped / "resume.pt").write_bytes(whole)
+    sound = torch.load(stopped / "resume.pt", weights_only=True)
+    for name, odd in {
+        "totals": torch.zeros(()),
+        "bad": torch.tensor(3),
+        "windows": torch.zeros(3),
+    }.items():
+        torch.save(
+            sound | {"processes": [sound["processes"][0] | {name: odd}]}, stopped / "resume.pt"
+        )
+        assert "does not fit this run; delete resume.pt there" in says(stopped)
+    model = {name: tensor[:1] for name, tensor in sound["model"].items()}
+    torch.save(sound | {"model": model}, stopped / "resume.pt")
+    assert "does not fit this run; delete resume.pt there" in says(stopped)
+    (stopped / "resume.pt").write_bytes(whole)
     (stopped / "log.jsonl").write_text("")
     assert "is shorter than it was" in says(stopped)
 

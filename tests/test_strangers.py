@@ -4,7 +4,6 @@ Each was tried against this code and did harm once. What spoils sound files at r
 """
 
 import csv
-import fcntl
 import json
 import os
 import pickle
@@ -21,13 +20,14 @@ import numpy as np
 import psutil
 import pytest
 import torch
+from filelock import FileLock
 from gymnasium.envs.registration import EnvSpec, WrapperSpec
 from safetensors.torch import load_file, save_file
 
 import train
 from checkpoint import read_checkpoint
 from data import find_dataset, read_dataset, read_frames
-from evaluate import make_vector_env
+from environments import make_vector_env
 from experiments import pretrain, report
 from experiments.one_run import carry_out, last_lines, name_of, progress_of
 from files import check_hdf5, clear_unfinished, load_tensors, parse_json, read_json
@@ -200,7 +200,7 @@ def test_an_environment_that_asks_for_much_is_not_made(more):
 
 def test_environments_are_counted_before_they_are_made(sound, monkeypatch):
     environment = read_checkpoint(sound / "run" / "ckpt.pt")["environment"]
-    monkeypatch.setattr("evaluate.make_env", Large)
+    monkeypatch.setattr("environments.make_env", Large)
     little = psutil.virtual_memory()._replace(available=1 << 30)
     monkeypatch.setattr("psutil.virtual_memory", lambda: little)
     # what it would be if no memory were left from other tests, and one lay in such all the same
@@ -518,8 +518,7 @@ def test_a_sweep_leaves_a_run_alone_that_is_still_at_work(sound, tmp_path):
     folder = tmp_path / name_of(run)
     shutil.copytree(sound / "baseline", folder)
     (folder / "result.json").unlink()
-    with open(folder / "config.json") as file:  # as a run of another process has it
-        fcntl.flock(file, fcntl.LOCK_EX)
+    with FileLock(folder / "run.lock"):  # as a run of another process has it
         assert carry_out(run, tmp_path, [], 1) == 2
     assert "another process is at work" in last_lines(run, tmp_path)[-1]
     assert (folder / "ckpt.pt").is_file()

@@ -154,6 +154,10 @@ def test_a_dry_run_lists_and_measures_and_runs_nothing(tmp_path, monkeypatch, ca
     assert "6 steps" in printed
     (seconds,) = json.loads((tmp_path / "probes.json").read_text()).values()
     assert 0 < seconds < 10
+    for damaged in ('{"a": "b"}', "[1]", "{"):
+        (tmp_path / "probes.json").write_text(damaged)
+        command(monkeypatch, *flags, "--method", "dt")
+        assert "measuring 20 steps" in capsys.readouterr().out
     assert state_of(tmp_path / "hopper-dt-0.01-s0") == "new"
 
 
@@ -187,6 +191,11 @@ def test_a_dry_run_foretells_what_a_dataset_does_not_hold(tmp_path, monkeypatch,
         (["--env", "hopper", "--cluster", "moon"], "unknown cluster 'moon'"),
         (["--env", "hopper", "--threads", "-1"], "--threads is -1"),
         (["--env", ","], "no run of that grid is left"),
+        (
+            ["--env", "hopper", "--lm", "a/x.safetensors,b/x"],
+            "would both be called hopper-lamo-1-x-",
+        ),
+        (["--env", "hopper", "--ratio", "0.1234567,0.1234568"], "would both be called hopper-lamo"),
         (["--env", "hopper", "--flags", "--seed 3"], "--flags has --seed, which names the runs"),
         (["--env", "hopper", "--flags", "--algo=bc"], "give the sweep --method"),
         (["--env", "hopper", "--flags", "--corpus 'x"], "--flags --corpus 'x: No closing"),
@@ -198,6 +207,34 @@ def test_mistakes_are_one_line(arguments, says, monkeypatch, tmp_path):
         command(monkeypatch, *arguments, "--out", tmp_path)
     assert says in str(error.value)
     assert "\n" not in str(error.value)
+
+
+def test_the_same_run_written_twice_is_one(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sweep, "estimate", lambda runs, *others: print(runs))
+    flags = ["--env", "hopper,Hopper", "--method", "dt,dt", "--seed", "0", "--out", tmp_path]
+    command(monkeypatch, *flags, "--dry-run")
+    assert capsys.readouterr().out.count("'hopper'") == 1
+
+
+def test_a_run_that_could_not_begin_is_no_success(tmp_path, monkeypatch, capsys):
+    (tmp_path / "logs").write_text("no folder")
+    flags = ["--flags", SHORT, "--out", tmp_path, "--threads", 1, *HOPPER]
+    with pytest.raises(SystemExit) as stop:
+        command(monkeypatch, *flags, "--method", "dt,bc")
+    printed = capsys.readouterr()
+    assert stop.value.code == 1
+    assert "0 of 2 runs finished" in printed.out
+    assert "failed: hopper-dt-0.01-s0" in printed.out
+    assert "File exists" in printed.err + printed.out
+
+
+def test_a_typed_number_of_threads_is_the_runs(tmp_path, monkeypatch):
+    monkeypatch.setenv("OMP_NUM_THREADS", "2")
+    command(
+        monkeypatch, "--flags", SHORT, "--out", tmp_path, "--threads", 1, *HOPPER, "--method", "dt"
+    )
+    config = json.loads((tmp_path / "hopper-dt-0.01-s0" / "config.json").read_text())
+    assert config["machine"]["threads"] == 1
 
 
 def test_two_sweeps_do_not_share_a_folder(tmp_path, monkeypatch):

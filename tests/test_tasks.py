@@ -19,6 +19,7 @@ import evaluate
 import tasks
 import train
 from data import choose_scale, choose_targets, find_dataset, load_trajectories, read_dataset
+from environments import make_vector_env
 from experiments import collect
 from plumbing import UserError, run_command
 from spaces import flatten, shrink
@@ -87,7 +88,7 @@ def test_a_missing_package_is_named_with_the_command(monkeypatch, name, package)
 def test_an_environment_survives_packing(hopper):
     again = unpack(json.loads(json.dumps(pack(hopper))))
     assert again == hopper
-    a, b = (evaluate.make_vector_env(e, 2).reset(seed=[1, 2])[0] for e in (hopper, again))
+    a, b = (make_vector_env(e, 2).reset(seed=[1, 2])[0] for e in (hopper, again))
     np.testing.assert_array_equal(a, b)
 
 
@@ -272,7 +273,7 @@ def test_an_environment_need_not_know_how_to_render(trusted):
 def test_an_environment_is_never_made_for_a_screen():
     env = gym.make("Pendulum-v1", render_mode="rgb_array")
     environment, _ = find_environment(Task(), record(env, "test/drawn-v0", 1))
-    envs = evaluate.make_vector_env(environment, 1)
+    envs = make_vector_env(environment, 1)
     assert envs.envs[0].render_mode is None
 
 

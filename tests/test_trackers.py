@@ -72,6 +72,23 @@ def test_wandb_keeps_an_offline_run_with_the_last_numbers(tmp_path, monkeypatch)
     assert rows == run(monkeypatch, train.main, tmp_path, "two", "--method dt")
 
 
+@pytest.mark.parametrize("main", [train.main, baselines.main])
+def test_a_run_that_wandb_does_not_let_begin_leaves_no_folder(main, tmp_path, monkeypatch):
+    """So that the same command can be given again."""
+    pytest.importorskip("wandb")
+    import wandb
+
+    def refuse(**settings):
+        raise wandb.errors.UsageError("no API key")
+
+    monkeypatch.setattr(wandb, "init", refuse)
+    how = "--method dt" if main is train.main else "--algo bc"
+    for _ in range(2):
+        with pytest.raises(UserError, match=r"W&B cannot begin \(no API key\); wandb login"):
+            run(monkeypatch, main, tmp_path, "one", f"{how} --wandb")
+        assert not (tmp_path / "one").exists()
+
+
 def test_a_tracker_that_fails_is_left_out(tmp_path, monkeypatch, capsys):
     """A full disk under TensorBoard's files: the training goes on, and has all its numbers."""
     pytest.importorskip("tensorboard")

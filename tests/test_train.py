@@ -445,7 +445,7 @@ def test_a_checkpoint_of_all_weights_needs_no_base(hopper, method):
     model, base = build_model(settings, hopper)
     checkpoint = {"settings": settings | {"seed": 1, "lm": "mini" if method != "dt" else "dt"}}
     checkpoint |= {"chosen": notes, "base": base, "environment": hopper}
-    checkpoint["model"] = trained_state(model, "all")
+    checkpoint["model"] = trained_state(model, "all", 0)
     again = load_model("ckpt.pt", checkpoint)
     for (name, a), b in zip(model.state_dict().items(), again.state_dict().values(), strict=True):
         assert torch.equal(a, b), name
