@@ -36,6 +36,8 @@ MOST_SHRUNK = 1100  # gzip makes a file 1032 times smaller at most: one that cla
 LARGEST_ATTRIBUTE = 1 << 16  # bytes of what HDF5 keeps beside a group or an array
 LEAST_OF_A_ROW = 16  # bytes that HDF5 writes for a row of no fixed length
 LARGEST_CHUNK = 1 << 26  # bytes of a piece that HDF5 reads at once
+LEAST_OF_A_PIECE = 8  # bytes of a file that a piece takes: where it is
+PIECE_IN_MEMORY = 4096  # bytes that HDF5 takes for a piece while it reads one's array, measured
 NAMED = {"torch._utils _rebuild_tensor_v2", "torch._utils _rebuild_parameter"}  # by torch.save
 NAMED |= {"collections OrderedDict"}
 MADE_ASIDE = r"\.[a-z0-9_]{8}"  # what tempfile puts behind a name
@@ -294,7 +296,7 @@ def check_hdf5(path):
     a file of a few bytes may claim terabytes.
     """
     check_regular(path)
-    claimed, of_group, size = 0, {}, os.path.getsize(path)
+    claimed, pieces, of_group, size = 0, 0, {}, os.path.getsize(path)
 
     def count(name, item):
         """Bytes of an array. Raises ValueError for one that Minari and D4RL have not."""
@@ -317,7 +319,7 @@ def check_hdf5(path):
         return n_bytes
 
     def look(name, link):
-        nonlocal claimed
+        nonlocal claimed, pieces
         if not isinstance(link, h5py.HardLink):
             return f"{name} is a link to elsewhere, which is not followed"
         item = file[name]
@@ -335,8 +337,11 @@ def check_hdf5(path):
                 n_bytes = count(name, item)
             except ValueError as error:
                 return str(error)
+            lengths = zip(item.shape or (), item.chunks or (), strict=False)
+            n_pieces = math.prod(-(-n // each) for n, each in lengths) if item.chunks else 0
+            claimed, pieces = claimed + n_bytes, pieces + n_pieces
             group = name.partition("/")[0]  # an episode, which is read at once
-            claimed, of_group[group] = claimed + n_bytes, of_group.get(group, 0) + n_bytes
+            of_group[group] = of_group.get(group, 0) + n_bytes + n_pieces * PIECE_IN_MEMORY
         return None
 
     with h5py.File(path, "r") as file:
@@ -345,6 +350,8 @@ def check_hdf5(path):
         raise UserError(f"{path}: {wrong}")
     if claimed > MOST_SHRUNK * size:
         raise UserError(f"{path} claims to hold {claimed:,} bytes, more than its size allows")
+    if pieces * LEAST_OF_A_PIECE > size:
+        raise UserError(f"{path} claims to be in {pieces:,} pieces, more than its size allows")
     check_memory(max(of_group.values(), default=0), f"an episode in {path}")
 
 

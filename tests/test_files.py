@@ -271,6 +271,12 @@ def is_in_one_large_piece(file):
     file.create_dataset("episode_0/rewards", rewards.shape, "f8", **large)
 
 
+def is_in_many_pieces(file):
+    """None of them written: HDF5 would take gigabytes to find that out."""
+    del file["episode_0/terminations"]
+    file.create_dataset("episode_0/terminations", (10**6,), "?", chunks=(1,))
+
+
 def is_one_place_many_times(folder):
     """Elements of variable length that all point at the same megabyte."""
     path, n = folder / "data" / "main_data.hdf5", 100_000
@@ -295,6 +301,7 @@ def test_elements_of_variable_length_are_counted(dataset):
     [
         (is_in_one_large_piece, "too large to be read"),
         (claims_terabytes, "more than its size allows"),
+        (is_in_many_pieces, "in 1,000,\\d+ pieces, more than its size allows"),
         (lies_elsewhere, "is a link to elsewhere"),
         (is_a_soft_link, "is a link to elsewhere"),
         (is_raw_bytes_of_another_file, "is kept in other files"),
@@ -305,6 +312,18 @@ def test_a_datasets_file_is_all_there_is_of_it(dataset, spoil, says):
     check_hdf5(dataset / "data" / "main_data.hdf5")
     with pytest.raises(UserError, match=says):
         read_dataset(spoil_hdf5(dataset, spoil))
+
+
+@pytest.mark.parametrize("piece", [1, 7, 5000])
+@pytest.mark.parametrize("compression", [None, "gzip"])
+@pytest.mark.parametrize("largest", [None, 5000])
+def test_what_was_written_in_pieces_however_small_is_read(tmp_path, piece, compression, largest):
+    how = dict(chunks=(piece,), compression=compression, maxshape=(largest,), dtype="?")
+    for libver in ("earliest", "latest"):
+        path = tmp_path / f"{libver}.hdf5"
+        with h5py.File(path, "w", libver=libver) as file:
+            file.create_dataset("episode_0/terminations", data=np.zeros(5000, bool), **how)
+        check_hdf5(path)
 
 
 def test_steps_and_episodes_that_are_not_there_are_not_made_room_for(dataset):
