@@ -82,6 +82,8 @@ def find_dataset(env, task, ratio, name="auto", quality="medium"):
                 where = name if folder == Path(name) else f"{name} in {folder}"
                 return taken(folder, f"{where}, as asked")
         check_no_part(Path(name))
+        if Path(name).is_absolute():
+            raise UserError(f"there is no folder {name}; give a dataset's folder, or a Minari id")
     elif is_dataset(local / wanted):
         return taken(local / wanted, f"{wanted} in {shown}")
     ours_alone = wanted.partition("/")[0] in MADE_HERE

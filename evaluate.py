@@ -234,8 +234,6 @@ def check_mode(args):
         raise UserError("--episodes is for a table; one episode is filmed under each target")
     if args.attention and (filming or args.json):
         raise UserError("--attention makes its picture and nothing else; leave the others out")
-    if args.prompt == "":
-        raise UserError("--prompt is empty: give it a text to continue")
     if args.at is not None and not args.attention:
         raise UserError("--at is for --attention PICTURE")
     for flag, path, kinds in (

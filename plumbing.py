@@ -185,6 +185,16 @@ class Parser(argparse.ArgumentParser):
             allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter, **kwargs
         )
 
+    def parse_args(self, *arguments):
+        """As argparse's. Raises UserError for a value that is empty, as an unset variable's is."""
+        parsed = super().parse_args(*arguments)
+        for action in self._actions:
+            value = getattr(parsed, action.dest, None)
+            if value != action.default and "" in (value if isinstance(value, list) else [value]):
+                name = action.option_strings[0] if action.option_strings else action.dest
+                raise UserError(f"{name} is empty; give it a value, or leave it out")
+        return parsed
+
     def error(self, message):
         if typed := re.match(r"unrecognized arguments: (--[\w-]+)", message):
             near = difflib.get_close_matches(typed[1], self._option_string_actions, 1)
@@ -361,7 +371,9 @@ def check_numbers(settings, may_be_zero):
         if type(value) in (int, float):
             if type(value) is int and value >= 2**63:
                 raise UserError(f"{flag} is {str(value)[:20]}.., but must be below 2 ** 63")
-            if not math.isfinite(value) or value < 0 or (value == 0 and name not in may_be_zero):
+            if not math.isfinite(value):
+                raise UserError(f"{flag} is {value}, but must be finite")
+            if value < 0 or (value == 0 and name not in may_be_zero):
                 least = "0 or more" if name in may_be_zero else "above 0"
                 raise UserError(f"{flag} is {value}, but must be {least}")
             if name == "seed" and value >= 2**31:

@@ -57,6 +57,8 @@ def read_run(path, typed, config):
     such flags, for what is no folder of a run, and for a finished one.
     """
     folder = Path(path)
+    if folder.is_file():
+        raise UserError(f"{path} is a file; give the run's folder, {folder.parent}")
     for name in typed:
         flag = "--" + name.replace("_", "-")
         why = "is as it was when the run began; --resume takes --env-module and --skip-bad-steps"
@@ -77,11 +79,14 @@ def read_run(path, typed, config):
         begun["chosen"]["dataset"], begun["chosen"]["text"]
         if not all(isinstance(line, str) for line in begun["chosen"].values()):
             raise TypeError
+        if not isinstance(begun["data"].get("dataset", ""), str):
+            raise TypeError
         parts = [begun["settings"], *(begun.get(name, {}) for name in RECORDED)]
         if not all(isinstance(part, dict) for part in parts):
             raise TypeError
     except OSError as error:
-        raise UserError(f"{folder} is no run's folder: it has no config.json") from error
+        why = "it has no config.json; give the folder that train.py made"
+        raise UserError(f"{folder} is no run's folder: {why}") from error
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{folder / 'config.json'} is damaged, or another version's") from error
     begun["settings"]["resume"] = ""  # the one field that is not kept
@@ -129,7 +134,8 @@ def continue_run(path, begun, saved, data, base, world):
         raise UserError(f"{folder} was begun by {begun['processes']} processes, not {world}")
     if begun["data"]["sha256"] != data.digest():
         was = begun["chosen"]["dataset"]
-        raise UserError(f"{folder} was begun on other data than are found now: {was}")
+        now = f"{data.dataset_id} is found now, with other numbers in it"
+        raise UserError(f"{folder} was begun on {was}; {now}: put the former back, or begin anew")
     if begun["base"]["sha256"] != base["sha256"]:
         raise UserError(f"{folder} was begun on other weights of {begun['base']['lm']}")
     if begun["base"].get("text") != base["text"]:
@@ -142,7 +148,7 @@ def continue_run(path, begun, saved, data, base, world):
     length = saved["log_bytes"] if saved else 0
     log = folder / "log.jsonl"
     if (log.stat().st_size if log.is_file() else 0) < length:
-        raise UserError(f"{log} is shorter than it was; the run cannot go on from it")
+        raise UserError(f"{log} is shorter than it was: the run cannot go on; begin it anew")
     if log.is_file():
         os.truncate(log, length)
     for name in ("config.json", "ckpt.pt", "best.pt", RESUME, "result.json"):

@@ -109,15 +109,15 @@ class Config:
 # --- before training -----------------------------------------------------------------------------
 
 
-def prepare(settings, task, notes, device):
+def prepare(settings, task, notes, device, dataset):
     """Find, load and check all that a run needs, before anything of the run is written.
 
-    Completes settings, and adds to notes what was taken and why. Returns (Environment,
-    Trajectories, LaMo, base, tokens): base as in build_model, tokens (N,) of the text or None
-    without a language loss. Raises UserError.
+    Completes settings, and adds to notes what was taken and why. dataset: an id or a folder, or
+    "auto". Returns (Environment, Trajectories, LaMo, base, tokens): base as in build_model, tokens
+    (N,) of the text or None without a language loss. Raises UserError.
     """
     source, share, notes["dataset"] = find_dataset(
-        settings["env"], task, settings["ratio"], settings["dataset"], settings["quality"]
+        settings["env"], task, settings["ratio"], dataset, settings["quality"]
     )
     environment, notes["environment"] = find_environment(task, source)
     data = load_trajectories(
@@ -180,8 +180,11 @@ def main():
 
     if rank > 0:
         dist.barrier()  # the first process goes ahead: nothing is fetched or tokenised twice
-    # What was chosen when a run began stays said of it.
-    made = prepare(settings, task, {} if begun else notes, device)
+    # What was chosen when a run began stays chosen, though another dataset may be there by now.
+    dataset = settings["dataset"]
+    if begun and dataset == "auto":
+        dataset = begun["data"].get("dataset", "auto")  # older runs do not tell
+    made = prepare(settings, task, {} if begun else notes, device, dataset)
     environment, data, model, base, tokens = made
     centres = None
     if settings["similarity"]:
@@ -243,9 +246,9 @@ def main():
         if barren >= MOST_BARREN:
             raise UserError(f"{what}, as all of the {barren} last ones; {why}; lower --lr")
         if not settings["skip_bad_steps"]:
-            how = (
-                f"lower --lr, or --skip-bad-steps, with --resume {folder} too" if rank == 0 else ""
-            )
+            how = "begin anew with a lower --lr"
+            if rank == 0:
+                how += f", or go on: --resume {folder} --skip-bad-steps"
             raise UserError(f"{what}; {why}; {how}")
         if rank == 0:
             bar.write(f"{what}; skipped")

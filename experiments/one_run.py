@@ -83,6 +83,8 @@ def carry_out(run, out, flags, threads, at_work=None):
         with open(log, "a") as file:  # whose beginning is of the process that is at work
             file.write(f"error: {error}\n")
         return 2
+    if "--resume" not in command:
+        write_json(log.with_suffix(".json"), {"flags": list(flags)})
     with open(log, "w") as file:
         process = subprocess.Popen(
             command,
@@ -95,6 +97,15 @@ def carry_out(run, out, flags, threads, at_work=None):
         if at_work is not None:
             at_work.append(process)
         return process.wait()
+
+
+def flags_begun(run, out):
+    """--flags that a run was begun with, by what carry_out wrote; none where it wrote nothing."""
+    try:
+        flags = read_json(Path(out) / "logs" / f"{name_of(run)}.json")["flags"]
+    except (OSError, ValueError, KeyError):
+        return []
+    return [word for word in flags if isinstance(word, str)] if isinstance(flags, list) else []
 
 
 def last_lines(run, out, n=3):
@@ -159,7 +170,7 @@ def seconds_a_step(run, out, flags, threads):
 
 def values_of(flags):
     """{"--name": its values} of a run's flags; none for one that stands alone."""
-    values = {}
+    values, latest = {}, []
     for word in flags:
         if word.startswith("--"):
             flag, *value = word.split("=", 1)

@@ -262,7 +262,10 @@ def report_text(cells, remarks, aggregates, drawn, paper, command):
     often = "" if usual == 1 else f", {usual} where it does not say otherwise"
     lms = sorted({Path(run.lm).stem for cell in cells.values() for run in cell.runs} - {"none"})
     made_by = ["", f"`{command}`", ""]
-    made_of = f"{counted(n_runs, 'run')}; language models: {', '.join(lms) or 'none'}."
+    made_of = f"{counted(n_runs, 'run')}; language models: {', '.join(lms) or 'none'}; steps: "
+    plain = {(label(n), c.runs[0].steps) for (_, n), c in cells.items() if ", " not in n}
+    by_steps = {steps: sorted(n for n, s in plain if s == steps) for _, steps in plain}
+    made_of += "; ".join(f"{s} of {', '.join(n)}" for s, n in sorted(by_steps.items())) + "."
     text = ["# Report", "", made_of, ""]
     text += [
         "A run's score is its best target's mean over the evaluations in the last 20 % of the "
@@ -305,7 +308,8 @@ def main():
     if not runs:
         for remark in remarks:
             print(printable(remark))
-        raise UserError(f"no finished run in {', '.join(arguments.runs)}")
+        where = ", ".join(arguments.runs)
+        raise UserError(f"no finished run in {where}; give the folder that --out of runs named")
     cells = make_cells(runs, remarks)
     for remark in remarks:
         print(printable(remark))

@@ -72,7 +72,9 @@ def summarise(looks, steps, every, evaluated):
     times = {}  # row's step: CPU seconds a step
     for step, look in first.items():
         before = first.get(step - every)
-        if before and (step - every) % evaluated:  # else an evaluation was in between
+        # else an evaluation was in between, or the looks were too far apart to tell
+        known = before and look["seconds"] - before["seconds"] > 4 * SECONDS
+        if known and (step - every) % evaluated:
             times[step] = (look["cpu"] - before["cpu"]) / every
     parts = []
     for i in range(PARTS):

@@ -12,6 +12,7 @@ at the end with their output's last lines, while the others go on.
 """
 
 import os
+import shutil
 import sys
 import threading
 import time
@@ -26,6 +27,7 @@ from experiments.one_run import (
     ALGORITHMS,
     SAID_AGAIN,
     carry_out,
+    flags_begun,
     last_lines,
     name_of,
     progress_of,
@@ -39,6 +41,7 @@ from plumbing import (
     Parser,
     StopSignals,
     UserError,
+    check_package,
     choose,
     counted,
     is_number,
@@ -100,14 +103,20 @@ def check_flags(runs, out, flags):
             continue  # none yet, or none of ours: that is told elsewhere
         for flag, now in values_of(flags).items():
             name = flag.removeprefix("--").removeprefix("no-").replace("-", "_")
-            if name not in had or now == ["auto"] or flag in SAID_AGAIN:
+            if now == ["auto"] or flag in SAID_AGAIN:
                 continue
+            if name not in had:
+                raise UserError(f"{name_of(run)} knows no {flag}; see train.py --help")
             before = had[name] if isinstance(had[name], list) else [had[name]]
             same = len(before) == len(now) and all(map(alike, before, now))
             if not same and (now or before != [not flag.startswith("--no-")]):
                 was = f"was begun with {name} {' '.join(map(str, before))}"
                 what = " ".join([flag, *now])
                 raise UserError(f"{name_of(run)} {was}, not {what}; give another --out")
+        left_out = values_of(flags_begun(run, out)).keys() - values_of(flags).keys()
+        for flag in sorted(left_out - set(SAID_AGAIN)):
+            what = f"was begun with {flag}, which --flags lacks now"
+            raise UserError(f"{name_of(run)} {what}; give it again, or another --out")
 
 
 def alike(before, typed):
@@ -217,10 +226,8 @@ def run_locally(runs, out, flags, workers, threads):
 
 def run_on_cluster(runs, out, flags, arguments):
     """Hand runs to a cluster through submitit, and wait for them."""
-    try:
-        import submitit
-    except ImportError as error:
-        raise UserError("--cluster needs a package: pip install submitit") from error
+    import submitit
+
     executor = submitit.AutoExecutor(folder=Path(out) / "submitit", cluster=arguments.cluster)
     executor.update_parameters(timeout_min=arguments.minutes, cpus_per_task=arguments.threads)
     if arguments.cluster == "slurm":
@@ -303,6 +310,8 @@ def sweep(runs, out, flags, arguments):
         if failing:
             raise SystemExit(1)
         return
+    if failing == len(runs):
+        raise UserError("every run would fail, as is said above, so none was begun")
     if arguments.cluster:
         run_on_cluster(runs, out, flags, arguments)
     else:
@@ -344,6 +353,9 @@ def main():
     arguments = parser.parse_args(words)
     if arguments.cluster:
         choose("cluster", arguments.cluster, ("slurm", "local"))
+        check_package("submitit", "--cluster")
+        if arguments.cluster == "slurm" and shutil.which("srun") is None:
+            raise UserError("--cluster slurm: there is no srun here; start it on a login node")
     if arguments.workers < 1:
         raise UserError(f"--workers is {arguments.workers}, but must be at least 1")
     if arguments.threads is not None and arguments.threads < 1:

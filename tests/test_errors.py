@@ -78,7 +78,10 @@ BAD_TRAIN_FLAGS = {
     "--dataset lamo/hopper/random-v0": "experiments.collect --env NAME --steps N (and --random",
     "--dataset d4rl/hopper/medium-v2": "collect --env NAME --import-d4rl FILE.hdf5",
     "--dataset dqn-replay/pong/logged-v0": "--env NAME --import-dqn-replay FOLDER",
-    "--dataset=": "--dataset is empty; give a Minari id or a dataset's folder",
+    "--dataset=": "--dataset is empty; give it a value, or leave it out",
+    "--out=": "--out is empty",
+    "--lm=": "--lm is empty",
+    "--dataset /nowhere/set-v0": "there is no folder /nowhere/set-v0",
     "--dataset short.txt": "short.txt is a file; give the dataset's folder",
     "--dataset .": "is no whole Minari dataset: it lacks data/metadata.json",
     "--env CartPole-v1": "anything else is found from its data: --dataset instead of --env",
@@ -94,7 +97,7 @@ BAD_TRAIN_FLAGS = {
     "--steps 0": "--steps is 0, but must be above 0",
     "--steps many": "invalid int value: 'many'",
     "--lr -1": "--lr is -1.0, but must be above 0",
-    "--lr inf": "--lr is inf",
+    "--lr inf": "--lr is inf, but must be finite",
     "--dropout 1": "--dropout is 1.0, but must be below 1",
     "--lm dt": "--lm dt is a shape without weights",
     "--lm-length 4096": "blocks of 4096 tokens, but the model knows 256: use --lm-length 256",
@@ -131,8 +134,16 @@ def test_a_number_of_processes_that_is_none(error_of, monkeypatch):
 
 
 def test_a_run_to_go_on_with_is_never_taken_for_none(error_of):
-    for nothing in ("", "auto"):
-        assert "it has no config.json" in error_of(train.main, "--resume", nothing)
+    assert "--resume is empty" in error_of(train.main, "--resume", "")
+    assert "it has no config.json" in error_of(train.main, "--resume", "auto")
+    Path("ckpt.pt").write_text("")
+    assert "ckpt.pt is a file; give the run's folder" in error_of(train.main, "--resume", "ckpt.pt")
+
+
+def test_nothing_is_no_value(error_of):
+    for flag in ("--gif", "--lm", "--env", "--attention", "--corpus"):
+        assert f"{flag} is empty" in error_of(evaluate.main, "ckpt.pt", flag, "")
+    assert "checkpoint is empty" in error_of(evaluate.main, "")
 
 
 def test_auto_is_what_is_taken_anyway(monkeypatch):

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,6 +15,7 @@ import torch
 from runs import assert_same, outcome
 
 import train
+from data import BUNDLED
 from plumbing import UserError
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -72,6 +74,19 @@ def test_a_stopped_run_ends_as_a_whole_one(where, whole, tmp_path, monkeypatch):
     assert_same(tmp_path / "run", whole)
     with pytest.raises(UserError, match="is finished; its score is in"):
         command(monkeypatch, "--resume", tmp_path / "run")
+
+
+def test_a_dataset_recorded_since_does_not_stand_in_for_the_one_it_began_on(
+    whole, tmp_path, monkeypatch
+):
+    """As README recommends to record it: a run that begins now would take it."""
+    stop_a_run(monkeypatch, tmp_path, *STOPS["between evaluations"])
+    recorded = tmp_path / "minari" / "lamo/hopper/medium-v0"
+    shutil.copytree(BUNDLED / "lamo/hopper/medium-1pct-v0", recorded)
+    (recorded / "about.json").write_text('{"share": 0.5}')  # other episodes for the same ratio
+    monkeypatch.setenv("MINARI_DATASETS_PATH", str(tmp_path / "minari"))
+    command(monkeypatch, "--resume", tmp_path / "run")
+    assert_same(tmp_path / "run", whole)
 
 
 def test_a_killed_process_is_resumed_by_another(whole, tmp_path):
@@ -137,7 +152,7 @@ def test_what_cannot_be_resumed_is_said_in_one_line(stopped, monkeypatch, tmp_pa
         (stopped / "config.json").write_text(json.dumps(config | parts))
 
     rewritten(data=config["data"] | {"sha256": "0" * 64})
-    assert "was begun on other data" in says(stopped)
+    assert "with other numbers in it: put the former back, or begin anew" in says(stopped)
     rewritten(base=config["base"] | {"sha256": "0" * 64})
     assert "was begun on other weights" in says(stopped)
     (stopped / "config.json").write_text("{")

@@ -14,7 +14,7 @@ def test_parts_are_medians_and_evaluations_are_left_out():
     looks = []
     for step in range(0, 101, 5):
         cpu = 0.1 * step + 60 * (step > 50)  # the evaluation at 50 is paid for before the next row
-        many = {"memory": 1000 + step, "files": 4, "threads": 2, "seconds": cpu}
+        many = {"memory": 1000 + step, "files": 4, "threads": 2, "seconds": 60 * cpu}
         looks += [many | {"step": step, "cpu": cpu}, many | {"step": step, "cpu": cpu + 0.01}]
     parts = soak.summarise(looks, steps=100, every=5, evaluated=50)
     assert len(parts) == soak.PARTS
@@ -35,6 +35,7 @@ def test_a_short_run_is_watched(tmp_path, monkeypatch, capsys):
     parts = json.loads((tmp_path / "soak.json").read_text())["parts"]
     seen = [part for part in parts if part["memory"]]
     assert seen
+    assert all(part["cpu_ms_a_step"] is None for part in parts)  # rows come faster than looks
     assert all(2**27 < part["memory"] <= part["memory_peak"] < 2**33 for part in seen)
     assert (tmp_path / "soak.png").read_bytes()[1:4] == b"PNG"
     assert "MiB" in capsys.readouterr().out

@@ -68,7 +68,8 @@ def test_finished_runs_are_skipped_interrupted_ones_resumed_failed_ones_told(
     ):
         with pytest.raises(UserError, match=f"was begun with {was}"):
             command(monkeypatch, "--flags", words, *flags[2:], "--method", "dt")
-    same = "--steps=6.0 --targets 3600 1800 --no-deterministic --corpus auto --skip-bad-steps"
+    same = SHORT.replace("--steps 6", "--steps=6.0")
+    same += " --targets 3600 1800 --no-deterministic --corpus auto --skip-bad-steps"
     command(monkeypatch, "--flags", same, *flags[2:], "--method", "dt")
     assert "1 run finished already" in capsys.readouterr().out
     began = (first / "config.json").stat().st_mtime_ns
@@ -235,6 +236,31 @@ def test_a_typed_number_of_threads_is_the_runs(tmp_path, monkeypatch):
     )
     config = json.loads((tmp_path / "hopper-dt-0.01-s0" / "config.json").read_text())
     assert config["machine"]["threads"] == 1
+
+
+def test_flags_that_a_run_was_begun_with_are_asked_for_again(tmp_path, monkeypatch):
+    """Else short trials would be taken for the runs themselves."""
+    grid = ["--out", tmp_path, "--threads", 1, *HOPPER, "--method", "dt"]
+    command(monkeypatch, "--flags", SHORT, *grid)
+    with pytest.raises(UserError, match="was begun with --batch, which --flags lacks now"):
+        command(monkeypatch, *grid)
+    with pytest.raises(UserError, match="knows no --stepz"):
+        command(monkeypatch, "--flags", f"{SHORT} --stepz 3", *grid)
+    command(monkeypatch, "--flags", f"{SHORT} --skip-bad-steps", *grid)
+
+
+def test_where_every_run_would_fail_none_is_begun(tmp_path, monkeypatch, capsys):
+    with pytest.raises(UserError, match="every run would fail"):
+        command(monkeypatch, *HOPPER, "--out", tmp_path, "--flags", "--stepz 3")
+    assert "did you mean --steps" in capsys.readouterr().out
+    assert not (tmp_path / "logs").exists()
+
+
+def test_slurm_is_asked_for_before_anything_is_measured(tmp_path, monkeypatch):
+    pytest.importorskip("submitit")
+    monkeypatch.setattr("shutil.which", lambda name: None)
+    with pytest.raises(UserError, match="there is no srun here"):
+        command(monkeypatch, *HOPPER, "--out", tmp_path, "--cluster", "slurm")
 
 
 def test_two_sweeps_do_not_share_a_folder(tmp_path, monkeypatch):
