@@ -5,7 +5,7 @@ log.jsonl      a row for every log_every steps, and one for every evaluation
 ckpt.pt        the last checkpoint; best.pt, that of the best evaluation (see train.py)
 resume.pt      what --resume goes on from, see resume.py; removed when the run is finished
 result.json    the run's score
-run.lock       there while a process is at work on the run, or after it was killed
+run.lock       held while a process is at work on the run; left by one that was stopped
 """
 
 import json

@@ -95,7 +95,7 @@ STUDIES = {  # the paper's tables by their numbers in it, and what the README re
 
 
 def check_flags(runs, out, flags):
-    """Raises UserError where a run that is there has another value of a flag that is given now."""
+    """Raises UserError where a run that is there was begun with other flags than are given now."""
     for run in runs:
         try:
             had = dict(read_json(Path(out) / name_of(run) / "config.json")["settings"])
