@@ -154,7 +154,7 @@ def test_an_episodes_pictures_are_held_against_the_memory(pictures):
     episode, shapes = pictures / "data" / "0", {"observations": list(PICTURES.shape)}
     size = (STEPS + 1) * 40 * 50 * 3
     check_episode(episode, "arrow", shapes, limit=size)
-    with pytest.raises(ValueError, match=r"6 pictures of \[40, 50, 3\] are too many"):
+    with pytest.raises(ValueError, match=r"6 rows of \[40, 50, 3\] are too many"):
         check_episode(episode, "arrow", shapes, limit=size - 1)
 
 

@@ -396,7 +396,7 @@ def test_bad_steps_are_skipped_however_seldom_the_log_is_written(
 def test_a_run_that_a_bad_step_ended_goes_on_past_it(flawed, tmp_path, monkeypatch):
     flags = [*BAD, "--dataset", flawed, "--out", tmp_path, "--name", "run"]
     monkeypatch.setattr(sys, "argv", ["train.py", *map(str, flags)])
-    with pytest.raises(UserError, match=rf"with --resume {tmp_path / 'run'} too"):
+    with pytest.raises(UserError, match=rf"go on: --resume {tmp_path / 'run'} --skip-bad-steps"):
         train.main()
     resume = ["train.py", "--resume", str(tmp_path / "run"), "--skip-bad-steps"]
     monkeypatch.setattr(sys, "argv", resume)
