@@ -11,17 +11,20 @@ causal, and trajectory tokens carry no position embedding, only a learned embedd
 environment's time step, so what stands behind a token cannot change it. Only the loss is masked.
 """
 
+import math
 from dataclasses import dataclass
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from torch.utils.checkpoint import checkpoint
 
-from embeddings import FrameEncoder, action_head, embed_numbers
+BINS = 512  # of each number, for the embedding `tokens` (section 5 of the paper, after RT-2)
+MU, LARGEST = 100, 1e5  # numbers up to LARGEST have bins, those around 0 the narrowest
+SPAN = math.log(MU * LARGEST + 1)
+ZERO = {50257: 15, 257: 48}  # of each vocabulary, the token "0"; those of the other digits follow
 
-SHORT = 256  # tokens up to which a CPU attends faster by hand than in PyTorch's fused kernel
-LOSS_ROWS = 512  # tokens whose logits are held at a time: 50 MB of bf16 for GPT-2's vocabulary
+
+# --- GPT-2 ---------------------------------------------------------------------------------------
 
 
 @dataclass
@@ -32,9 +35,7 @@ class GPTConfig:
     vocab_size: int = 50257  # V, GPT-2's byte-pair vocabulary; 257 for bytes
     block_size: int = 1024  # positions wpe knows
     dropout: float = 0.1  # on embeddings, attention weights and residual branches
-    visual: bool = (
-        False  # ImageGPT (Chen et al. 2020): other norms and activation, words are pixels
-    )
+    visual: bool = False  # ImageGPT (Chen et al. 2020): its own norm and activation; words: pixels
 
 
 def norm(config):
@@ -42,43 +43,17 @@ def norm(config):
     return (nn.RMSNorm if config.visual else nn.LayerNorm)(config.n_embd, eps=1e-5)
 
 
-def dropout(x, p, training):
-    """F.dropout: x with a share p of its entries zeroed and the others scaled up by 1 / (1 - p).
-
-    On a CPU PyTorch draws the mask number by number. Here a random 64-bit integer serves four
-    entries, each kept unless its 16 bits are among the lowest p of their 65,536 values.
-    """
-    if x.device.type != "cpu" or not training or not 0 < p < 1 or torch.compiler.is_compiling():
-        return F.dropout(x, p, training)
-    numbers = torch.empty(-(-x.numel() // 4), dtype=torch.int64).random_(-(2**63), None)
-    parts = numbers.view(torch.int16)[: x.numel()].view(x.shape)  # -32,768 to 32,767
-    lowest = min(round(p * 2**16) - 2**15, 2**15 - 1)  # of those that are kept
-    return x * (parts >= lowest) * (1 / (1 - p))
-
-
-class Dropout(nn.Dropout):
-    """`dropout` as a module."""
-
-    def forward(self, x):
-        return dropout(x, self.p, self.training)
-
-
 def attend(q, k, v, p):
-    """Causal attention with dropout p of its weights: q, k and v (B, H, T, D) -> (B, H, T, D).
-
-    On a CPU by hand in bf16 if the sequence is short, where that takes a fifth or less of the
-    fused kernel's time (rows "attention" of bench.py), and with dropout, for which PyTorch has no
-    fused kernel there. Scores are then rounded to bf16 before the softmax, as autocast does.
-    """
+    """Causal attention with dropout p of its weights: q, k and v (B, H, T, D) -> (B, H, T, D)."""
     B, H, T, D = q.shape
-    by_hand = p > 0 or (T <= SHORT and q.dtype == torch.bfloat16)
-    if q.device.type != "cpu" or not by_hand:
+    if q.device.type != "cpu" or q.dtype != torch.bfloat16:
         return F.scaled_dot_product_attention(q, k, v, dropout_p=p, is_causal=True)
+    # In bf16 on a CPU PyTorch's kernel is slow: with it, a step of the mini LM takes 1.38 times.
     q, k, v = (x.reshape(B * H, T, D) for x in (q, k, v))
     future = torch.full((T, T), -torch.inf, dtype=q.dtype).triu(1)
     scores = torch.baddbmm(future, q, k.transpose(1, 2), alpha=D**-0.5)  # (B H, T, T)
     weights = scores.softmax(-1, dtype=torch.float32).to(v.dtype)
-    return (dropout(weights, p, training=True) @ v).view(B, H, T, D)
+    return (F.dropout(weights, p) @ v).view(B, H, T, D)
 
 
 class Attention(nn.Module):
@@ -89,6 +64,7 @@ class Attention(nn.Module):
         self.n_head = config.n_head
         self.dropout = config.dropout
         self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd)  # Q, K and V side by side
+        self.c_attn.splits = 3  # LoRA updates each of them apart, see lora.py
         self.c_proj = nn.Linear(config.n_embd, config.n_embd)
 
     def forward(self, x, read=slice(None)):
@@ -96,7 +72,7 @@ class Attention(nn.Module):
         qkv = self.c_attn(x).view(B, T, 3, self.n_head, C // self.n_head)  # (B, T, 3, H, C/H)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each (B, H, T, C/H)
         p = self.dropout if self.training else 0.0
-        y = attend(q, k, v, p).transpose(1, 2)[:, read]
+        y = attend(q, k, v, p).transpose(1, 2)[:, read]  # (B, T, H, C/H)
         return self.c_proj(y.flatten(2))  # heads side by side again
 
 
@@ -124,12 +100,11 @@ class Block(nn.Module):
         self.attn = Attention(config)
         self.ln_2 = norm(config)
         self.mlp = MLP(config)
-        self.drop = Dropout(config.dropout)
+        self.drop = nn.Dropout(config.dropout)
 
     def forward(self, x, read=slice(None)):
         x = x[:, read] + self.drop(self.attn(self.ln_1(x), read))
-        x = x + self.drop(self.mlp(self.ln_2(x)))
-        return x
+        return x + self.drop(self.mlp(self.ln_2(x)))
 
 
 class GPT(nn.Module):
@@ -142,16 +117,12 @@ class GPT(nn.Module):
         self.config = config
         self.wte = nn.Embedding(config.vocab_size, config.n_embd)
         self.wpe = nn.Embedding(config.block_size, config.n_embd)
-        self.drop = Dropout(config.dropout)
+        self.drop = nn.Dropout(config.dropout)
         self.h = nn.ModuleList(Block(config) for _ in range(config.n_layer))
         self.ln_f = norm(config)
-        self.reset_parameters()
-
-    def reset_parameters(self):
-        """GPT-2's initialisation: N(0, 0.02), residual projections scaled by 1/sqrt(2 n_layer)."""
-        for name, parameter in self.named_parameters():
+        for name, parameter in self.named_parameters():  # GPT-2's initialisation
             if name.endswith("c_proj.weight"):
-                nn.init.normal_(parameter, std=0.02 / (2 * self.config.n_layer) ** 0.5)
+                nn.init.normal_(parameter, std=0.02 / (2 * config.n_layer) ** 0.5)
             elif name.endswith("bias"):
                 nn.init.zeros_(parameter)
             elif parameter.dim() == 2:
@@ -161,7 +132,7 @@ class GPT(nn.Module):
         """Dropout, all blocks and ln_f on embeddings that are already made: (B, T, C) -> (B, T, C).
 
         No wpe is added, so T may be any length. read: the positions wanted, if not all. Only the
-        last block can know them: every other one's output is attended to.
+        last block can leave the others out: what earlier blocks make is attended to.
         """
         x = self.drop(x)
         *others, last = self.h
@@ -173,38 +144,22 @@ class GPT(nn.Module):
         """Next-token logits of text, or the loss.
 
         tokens (B, T) int, T at most block_size; targets (B, T) int or None, the token that follows
-        each one. Returns (logits (B, T, V), None) without targets, and with them (None, mean
-        cross-entropy in nats). Raises ValueError for more tokens than block_size.
+        each one. Returns logits (B, T, V), or with targets the mean cross-entropy in nats.
         """
-        T = tokens.shape[1]
-        if self.config.block_size < T:
-            raise ValueError(f"{T} tokens, but the model knows {self.config.block_size} positions")
-        x = self.wte(tokens) + self.wpe.weight[:T]  # (B, T, C)
-        h = self.blocks(x)  # (B, T, C)
+        x = self.wte(tokens) + self.wpe.weight[: tokens.shape[1]]  # (B, T, C)
+        logits = F.linear(self.blocks(x), self.wte.weight)  # (B, T, V)
         if targets is None:
-            return F.linear(h, self.wte.weight), None
-        h, targets = h.flatten(0, 1).split(LOSS_ROWS), targets.flatten().split(LOSS_ROWS)
-        # Logits are larger than all else here: each part's are dropped, and made again in backward.
-        once = dict(use_reentrant=False, preserve_rng_state=False)
-        parts = [
-            checkpoint(self.summed_loss, *part, **once) for part in zip(h, targets, strict=True)
-        ]
-        return None, torch.stack(parts).sum() / tokens.numel()
-
-    def summed_loss(self, h, targets):
-        """Cross-entropy, summed, of what follows hidden states: h (N, C), targets (N,) -> ()."""
-        return F.cross_entropy(F.linear(h, self.wte.weight).float(), targets, reduction="sum")
+            return logits
+        return F.cross_entropy(logits.float().flatten(0, 1), targets.flatten())
 
     @torch.no_grad()
     def generate(self, tokens, n, temperature=1.0, top_k=None, generator=None):
         """Append n sampled tokens to tokens (B, T); temperature 0 takes the likeliest each time.
 
-        Raises ValueError for an empty prompt. A text longer than block_size is read from its end.
+        A text longer than block_size is read from its end.
         """
-        if tokens.shape[1] == 0:
-            raise ValueError("an empty prompt: give at least one token")
         for _ in range(n):
-            logits = self(tokens[:, -self.config.block_size :])[0][:, -1].float()  # (B, V)
+            logits = self(tokens[:, -self.config.block_size :])[:, -1].float()  # (B, V)
             if temperature == 0:
                 following = logits.argmax(-1, keepdim=True)
             else:
@@ -221,12 +176,10 @@ class GPT(nn.Module):
 def text_loss(gpt, tokens, batch=4):
     """Mean next-token cross-entropy of a text, in nats a token; exp of it is the perplexity.
 
-    tokens (N,) integers, a NumPy array, memory-mapped or not. Read in consecutive blocks of
-    block_size: each token but the first is predicted once, from those before it in its block.
-    Runs in evaluation mode and leaves the mode as it was. Raises ValueError below 2 tokens.
+    tokens (N,), at least 2 integers in a NumPy array, memory-mapped or not. They are read in
+    consecutive blocks of block_size: each token but the first is predicted once, from those before
+    it in its block. Runs in evaluation mode and leaves the mode as it was.
     """
-    if len(tokens) < 2:
-        raise ValueError("a loss needs at least 2 tokens")
     device, length, training = gpt.wte.weight.device, gpt.config.block_size, gpt.training
     gpt.eval()
     total = 0.0
@@ -237,35 +190,136 @@ def text_loss(gpt, tokens, batch=4):
         blocks.append((piece[whole:-1][None], piece[whole + 1 :][None]))  # what is left, if any
         for x, y in blocks:
             if x.numel():
-                total += gpt(x, y)[1].item() * x.numel()
+                total += gpt(x, y).item() * x.numel()
     gpt.train(training)
     return total / (len(tokens) - 1)
+
+
+# --- from return, state and action to tokens ------------------------------------------------------
+
+
+class ResidualMLP(nn.Module):
+    """LaMo's embedding: fc2(GELU(fc1 x)) + fc1 x. The residual is the authors' code's."""
+
+    def __init__(self, n_in, n_embd):
+        super().__init__()
+        self.fc1 = nn.Linear(n_in, n_embd)
+        self.fc2 = nn.Linear(n_embd, n_embd)
+
+    def forward(self, x):
+        h = self.fc1(x)
+        return self.fc2(F.gelu(h)) + h
+
+
+def to_bins(x):
+    """Which bin each number falls into: int64, 0 to BINS - 1. Numbers beyond LARGEST: the last.
+
+    Bins are equally wide after mu-law companding, as in Gato (Reed et al. 2022, arXiv 2205.06175,
+    section 2.1): normalised states, actions and returns of any size then share them.
+    """
+    squashed = x.sign() * (x.abs() * MU + 1).log() / SPAN  # -1 to 1
+    return ((squashed + 1) / 2 * BINS).long().clamp(0, BINS - 1)
+
+
+class TokenEmbedding(nn.Module):
+    """Numbers, each looked up as a token: (.., n_in) -> (.., C), the mean over the n_in numbers.
+
+    Every dimension has a table of its own, or the mean would not tell which number was whose. A
+    bin's row starts as the mean embedding of the three digits of its number, "000" to "511".
+    wte (V, C): the language model's word embeddings. Raises ValueError for an unknown vocabulary.
+    """
+
+    def __init__(self, n_in, wte):
+        super().__init__()
+        if len(wte) not in ZERO:
+            raise ValueError(f"no digits are known in a vocabulary of {len(wte)}; use --embed mlp")
+        number = torch.arange(BINS)
+        digits = torch.stack([number // 100, number // 10 % 10, number % 10], dim=1)  # (BINS, 3)
+        rows = wte.detach()[ZERO[len(wte)] + digits].mean(1)  # (BINS, C)
+        self.table = nn.Embedding.from_pretrained(rows.repeat(n_in, 1), freeze=False)
+        self.register_buffer("first", torch.arange(n_in) * BINS, persistent=False)
+
+    def forward(self, x):
+        tokens = to_bins(x.float()) + self.first  # (.., n_in)
+        found = F.embedding_bag(tokens.flatten(0, -2), self.table.weight, mode="mean")
+        return found.view(*x.shape[:-1], -1)
+
+
+EMBEDDINGS = {  # name: (n_in, wte (V, C)) -> a module (.., n_in) -> (.., C)
+    "linear": lambda n_in, wte: nn.Linear(n_in, wte.shape[1]),  # the Decision Transformer's
+    "mlp": lambda n_in, wte: ResidualMLP(n_in, wte.shape[1]),  # LaMo's
+    "tokens": TokenEmbedding,  # what the paper tried in the manner of RT-2 (arXiv 2307.15818)
+}
+
+
+class FrameEncoder(nn.Module):
+    """States of `stack` frames each: (B, K + stack - 1, 84, 84) bytes -> (B, K, C).
+
+    The convolutions of Mnih et al. (2015), as Decision Transformer and LaMo have them for Atari.
+    Pixels are no numbers to be looked up: for `tokens` it is the same as for `linear`.
+    """
+
+    def __init__(self, stack, n_embd, embed):
+        super().__init__()
+        self.stack = stack
+        self.conv = nn.Sequential(
+            nn.Conv2d(stack, 32, 8, stride=4),
+            nn.ReLU(),
+            nn.Conv2d(32, 64, 4, stride=2),
+            nn.ReLU(),
+            nn.Conv2d(64, 64, 3, stride=1),
+            nn.ReLU(),
+            nn.Flatten(),  # 64 x 7 x 7
+            nn.Linear(3136, n_embd),
+        )
+        self.mlp = ResidualMLP(n_embd, n_embd) if embed == "mlp" else nn.Identity()
+
+    def forward(self, frames):
+        states = frames.unfold(1, self.stack, 1).permute(0, 1, 4, 2, 3)  # (B, K, stack, 84, 84)
+        x = self.conv(states.flatten(0, 1).float() / 255)  # (B K, C)
+        return self.mlp(x).unflatten(0, states.shape[:2])  # (B, K, C)
+
+
+# --- LaMo ----------------------------------------------------------------------------------------
 
 
 class LaMo(nn.Module):
     """A GPT that reads trajectories and predicts actions: the paper's policy.
 
-    gpt: the body, used for language too; obs_shape: (O,) numbers or (84, 84) frames; n_act: A,
-    numbers in an action, or, with discrete, how many actions there are to choose from; embed
-    "linear", "mlp" or "tokens", how return, state and action become tokens; max_ep_len, rows of
-    the time embedding. Raises ValueError for another embed.
+    gpt: the body, used for language too; obs_shape: (O,) numbers, or (4, 84, 84), a stack of
+    frames; n_act: A, numbers in an action, or, with discrete, how many actions there are to choose
+    from; embed: a row of EMBEDDINGS; max_ep_len: rows of the time embedding.
     """
 
     def __init__(self, gpt, obs_shape, n_act, discrete=False, embed="mlp", max_ep_len=1000):
         super().__init__()
-        C = gpt.config.n_embd
-        wte, frames = gpt.wte.weight, len(obs_shape) == 2
+        C, wte, make = gpt.config.n_embd, gpt.wte.weight, EMBEDDINGS[embed]
         self.discrete = discrete
-        self.embed_return = embed_numbers(embed, 1, wte)
+        self.embed_return = make(1, wte)
+        frames = len(obs_shape) == 3
         self.embed_state = (
-            FrameEncoder(C, embed) if frames else embed_numbers(embed, *obs_shape, wte)
+            FrameEncoder(obs_shape[0], C, embed) if frames else make(obs_shape[0], wte)
         )
-        self.embed_action = nn.Embedding(n_act, C) if discrete else embed_numbers(embed, n_act, wte)
+        self.embed_action = nn.Embedding(n_act, C) if discrete else make(n_act, wte)
         self.embed_time = nn.Embedding(max_ep_len, C)
         nn.init.normal_(self.embed_time.weight, std=0.02)  # as wpe starts: N(0, 1) drowns the rest
         self.embed_ln = nn.LayerNorm(C, eps=1e-5)
-        self.head = action_head(embed, C, n_act, discrete)
+        if embed == "linear":  # tanh bounds actions that are numbers; logits are free
+            linear = nn.Linear(C, n_act)
+            self.head = linear if discrete else nn.Sequential(linear, nn.Tanh())
+        else:
+            self.head = nn.Sequential(nn.Linear(C, C), nn.GELU(), nn.Linear(C, n_act))
         self.gpt = gpt
+
+    def timeless(self, rtg, obs, act):
+        """The tokens R_t, s_t and a_t before their time is added: (B, K, 3, C)."""
+        embedded = [self.embed_return(rtg), self.embed_state(obs), self.embed_action(act)]
+        return self.embed_ln(torch.stack(embedded, dim=2))
+
+    def stamp(self, embedded, timestep):
+        """Normalise some embeddings of a step, each (B, K, C), and add its time: (B, K, n, C)."""
+        time = self.embed_time(timestep.clamp(max=self.embed_time.num_embeddings - 1))  # (B, K, C)
+        return self.embed_ln(torch.stack(embedded, dim=2)) + time.unsqueeze(2)
 
     def observe(self, rtg, obs, timestep):
         """The tokens R_t and s_t: (B, K, 2, C). Arguments as forward's."""
@@ -275,21 +329,11 @@ class LaMo(nn.Module):
         """The token a_t: (B, K, 1, C). Arguments as forward's."""
         return self.stamp([self.embed_action(act)], timestep)
 
-    def stamp(self, embedded, timestep):
-        """Normalise some embeddings of a step, each (B, K, C), and add its time: (B, K, n, C)."""
-        time = self.embed_time(timestep.clamp(max=self.embed_time.num_embeddings - 1))  # (B, K, C)
-        return self.embed_ln(torch.stack(embedded, dim=2)) + time.unsqueeze(2)
-
-    def timeless(self, rtg, obs, act):
-        """The tokens R_t, s_t and a_t as they are before their time is added: (B, K, 3, C)."""
-        embedded = [self.embed_return(rtg), self.embed_state(obs), self.embed_action(act)]
-        return self.embed_ln(torch.stack(embedded, dim=2))
-
     def forward(self, rtg, obs, act, timestep):
         """Predict the action of every step from all that came before it.
 
         rtg (B, K, 1) returns-to-go over the task's scale; obs (B, K, O) normalised, or frames
-        (B, K + STACK - 1, 84, 84) as windows.sample_windows gives them; act (B, K, A) numbers or
+        (B, K + 3, 84, 84) as data.sample_windows gives them; act (B, K, A) numbers or
         (B, K) ids, where act[:, t] is read only by later steps; timestep (B, K) int, clipped to
         the time embedding. Padding stands on the right, and what it holds does not matter.
         Returns actions (B, K, A) or logits (B, K, n).
@@ -318,13 +362,12 @@ class Objective(nn.Module):
         self.register_buffer("centres", centres)
 
     def forward(self, window, count, text):
-        """The action loss, the language loss and the similarity, of which a step makes its loss.
+        """window: what data.sample_windows returns; count: valid steps that the action loss is a
+        mean over; text: what data.sample_text returns, or None.
 
-        window: what sample_windows returns; count: what valid_steps returns; text: what sample_text
-        returns, or None.
-        Returns (mean squared error over valid action entries, or cross-entropy of choices over
-        valid steps; mean cross-entropy of the text or 0.0; mean cosine of the valid steps' tokens
-        with the centre nearest in direction, or 0.0).
+        Returns three scalars: the action loss (mean squared error over valid action entries, or
+        cross-entropy of choices over valid steps), the language loss (mean cross-entropy, or 0),
+        and Wiki-RL's similarity (mean cosine of valid tokens with the nearest centre, or 0).
         """
         rtg, obs, act, timestep, valid = window
         predicted = self.model(rtg, obs, act, timestep).float()
@@ -334,7 +377,7 @@ class Objective(nn.Module):
         else:
             error = ((predicted - act) ** 2).mean(-1)  # (B, K)
         action_loss = (error * valid).sum() / count
-        lm_loss = self.model.gpt(*text)[1] if text is not None else torch.zeros_like(action_loss)
+        lm_loss = torch.zeros_like(action_loss) if text is None else self.model.gpt(*text)
         similarity = torch.zeros_like(action_loss)
         if self.centres is not None:
             tokens = F.normalize(self.model.timeless(rtg, obs, act), dim=-1)  # (B, K, 3, C)
