@@ -34,18 +34,7 @@ TEXT_TOKENS = 16_384  # how much of a text the perplexity is measured on
 
 
 @torch.no_grad()
-def rollout(
-    model,
-    environment,
-    c,
-    stats,
-    targets,
-    episodes,
-    seed=SEED,
-    progress=False,
-    watch=None,
-    render_mode=None,
-):
+def rollout(model, environment, c, stats, targets, episodes, seed=SEED, progress=False, watch=None):
     """Let a model act in `episodes` episodes for each target return, all in one batch.
 
     model: LaMo, or what has its observe, remember and act; environment: a tasks.Environment; c:
@@ -54,8 +43,8 @@ def rollout(
     model that is told none; episode i starts from environment seed `seed + i` under every target.
     Numbers are acted on as predicted, and a choice is drawn from the predicted probabilities, as in
     Decision Transformer's code for Atari. watch: called after the reset and after every step with
-    the environments (which draw as render_mode says), which episodes (n,) acted and which go on,
-    their returns so far (n,) and the tokens of the last K steps.
+    the environments (whose render_mode is watch.render_mode), which episodes (n,) acted and which
+    go on, their returns so far (n,) and the tokens of the last K steps.
     Returns a list with a dictionary for each target, see `summarise`.
     """
     obs_mean, obs_std = stats
@@ -64,7 +53,7 @@ def rollout(
     _, n_act, choice = environment.sizes()
     T = min(c.episode_limit or LONGEST_EPISODE, environment.spec.max_episode_steps or 10**9)
     draws = torch.Generator(device).manual_seed(seed)
-    envs = [make_env(environment.spec, render_mode) for _ in range(n)]
+    envs = [make_env(environment.spec, getattr(watch, "render_mode", None)) for _ in range(n)]
     seen = [env.reset(seed=seed + i % episodes)[0] for i, env in enumerate(envs)]
 
     tokens = deque(maxlen=2 * K)  # of the last K steps: (n, 2, C), (n, 1, C), .. (n, 1, C)
@@ -211,7 +200,7 @@ def main():
 
     args = tyro.cli(Arguments, description=__doc__)
     checkpoint = read_checkpoint(args.checkpoint)
-    config = checkpoint["config"]
+    config = checkpoint["settings"]
     if args.env and args.env != config["env"]:
         raise UserError(f"{args.checkpoint} was trained on {config['env']}, not {args.env}")
     for name in ("lm", "targets", "episodes", "episode_limit"):

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 from model import GPT, GPTConfig
-from utils import UserError, choose, network_available, reading, reason, write_atomically
+from utils import UserError, choose, fetch, reading, write_atomically
 
 MINI = Path(__file__).parent / "assets" / "mini-lm.safetensors"  # made by experiments/pretrain.py
 LANGUAGE_MODELS = {  # name: (repository on the hub or file, sizes of Radford et al. 2019, table 2)
@@ -29,19 +29,9 @@ WEIGHTS = "model.safetensors"  # the file's name in each repository
 CONV1D = ("c_attn.weight", "c_proj.weight", "c_fc.weight")  # stored transposed
 
 
-def is_cached(name):
-    """Whether the weights of hub model `name` are in huggingface_hub's cache already."""
-    from huggingface_hub import try_to_load_from_cache
-
-    return isinstance(try_to_load_from_cache(LANGUAGE_MODELS[name][0], WEIGHTS), str)
-
-
 def find_weights(name):
-    """Where the weights are, fetched if need be: a Path.
-
-    name: a row of LANGUAGE_MODELS, a file, or a folder as transformers saves it. Raises UserError,
-    naming what to do, for what cannot be had.
-    """
+    """Path of the weights of a row of LANGUAGE_MODELS, fetched if need be, or of a file, or of a
+    folder as transformers saves it. Raises UserError, naming what to do."""
     for path in (Path(name), Path(name) / WEIGHTS, Path(name) / "pytorch_model.bin"):
         if path.is_file() and name not in LANGUAGE_MODELS:
             return path
@@ -50,19 +40,7 @@ def find_weights(name):
     repository, _ = LANGUAGE_MODELS[choose("lm", name, LANGUAGE_MODELS)]
     if repository is None:
         raise UserError(f"--lm {name} is a shape without weights: add --pretrained False")
-    if repository == MINI:
-        return MINI
-    from huggingface_hub import hf_hub_download
-
-    cached = is_cached(name)
-    try:  # what is cached is not asked for again: the client would wait for the network
-        if not cached and not network_available():
-            raise ConnectionError("it is not in the Hugging Face cache, and there is no network")
-        return Path(hf_hub_download(repository, WEIGHTS, local_files_only=cached))
-    except Exception as error:  # the hub client's and its transport's many kinds
-        how = f"run `hf download {repository} {WEIGHTS}` where there is a network, copy the file"
-        how = f"{how} here and give its path: --lm path/to/{WEIGHTS}"
-        raise UserError(f"cannot get {name}: {reason(error)}; {how}") from error
+    return MINI if repository == MINI else Path(fetch(name, repository, [WEIGHTS])[0])
 
 
 def read_tensors(path):
@@ -88,6 +66,8 @@ def read_config(path, tensors, metadata):
     n_head = said.get("n_head") or published.get(n_embd)
     if n_head is None:
         raise UserError(f"{path} does not say its number of heads; put its config.json beside it")
+    if n_embd % n_head:
+        raise ValueError(f"its n_head {n_head} does not divide its n_embd {n_embd}")
     layers = {key.split(".")[1] for key in tensors if key.startswith("h.")}
     visual = said.get("visual") is True or said.get("model_type") == "imagegpt"
     block_size = len(tensors["wpe.weight"])

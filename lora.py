@@ -1,12 +1,10 @@
 """LoRA (Hu et al. 2022, arXiv 2106.09685) on any linear layer of a GPT, by its name.
 
-LaMo puts it on c_attn, where each of Q, K and V gets a low-rank update of its own. For one of them,
-with x a row vector,
+On c_attn each of Q, K and V gets a low-rank update of its own. For one of them, x a row vector,
 
     q = x W_q^T + b_q + (alpha / rank) dropout(x) A_q^T B_q^T       A_q (r, C), B_q (C, r)
 
-B starts at zero, so an injected model starts as the pre-trained one. W stays frozen; A, B and the
-layer's bias are trained, as in the authors' code.
+B starts at zero. W stays frozen; A, B and the bias are trained, as in the authors' code.
 """
 
 import math
@@ -17,16 +15,17 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
+from utils import UserError
+
 
 class LoRALinear(nn.Linear):
-    """nn.Linear (n_in -> n_out) with a low-rank update on each of the parts its output splits into.
+    """nn.Linear (n_in -> n_out) with a low-rank update on each part of its output.
 
-    How many parts those are the layer says by its attribute `splits` (c_attn: 3); 1 without it.
-    The parts' factors are stacked: lora_A (splits r, n_in), lora_B (n_out, r), loralib's layout.
+    The layer says by its attribute `splits` how many equal parts there are (c_attn: 3), else it is
+    one. Their factors are stacked: lora_A (splits r, n_in), lora_B (n_out, r), loralib's layout.
     """
 
     def __init__(self, linear, rank, alpha, dropout):
-        """Take over the weight and bias of `linear`; nothing is copied."""
         super().__init__(linear.in_features, linear.out_features, device="meta")
         self.weight, self.bias = linear.weight, linear.bias
         self.splits = getattr(linear, "splits", 1)
@@ -47,48 +46,36 @@ class LoRALinear(nn.Linear):
 
 
 def inject_lora(gpt, targets=("c_attn",), rank=16, alpha=32, dropout=0.1):
-    """Put LoRA into every linear layer of that name, in place. Defaults are the paper's.
-
-    Raises ValueError for a name that no linear layer of the GPT has.
-    """
-    found = [
-        (parent, name)
-        for parent in gpt.modules()
-        for name, layer in parent.named_children()
-        if name in targets and isinstance(layer, nn.Linear)
-    ]
-    if lacking := set(targets) - {name for _, name in found}:
-        raise ValueError(f"no linear layer is named {', '.join(sorted(lacking))}")
-    for parent, name in found:
-        setattr(parent, name, LoRALinear(getattr(parent, name), rank, alpha, dropout))
+    """Put LoRA into every linear layer of these names, in place. Raises UserError for others."""
+    found = set()
+    for parent in list(gpt.modules()):
+        for name, layer in parent.named_children():
+            if name in targets and isinstance(layer, nn.Linear):
+                setattr(parent, name, LoRALinear(layer, rank, alpha, dropout))
+                found.add(name)
+    if lacking := set(targets) - found:
+        raise UserError(f"--lora-targets: no linear layer is named {', '.join(sorted(lacking))}")
 
 
 def mark_trainable(lamo, train, language=True):
     """Freeze and unfreeze, in place.
 
-    train "lora": LoRA's factors, the biases beside them and everything outside the GPT (the
-    trajectory embeddings, embed_ln, the time embedding, the head); "new": only what is outside the
-    GPT (the paper's frozen ablation); "all": everything, but wte and wpe only if there is a
-    language loss, for nothing else reads them.
+    train "new": only what is outside the GPT (the trajectory embeddings, embed_ln, the time
+    embedding, the head), the paper's frozen ablation; "lora": LoRA's factors and the biases beside
+    them, too; "all": everything, but wte and wpe only for a language loss: nothing else reads them.
     """
     lamo.requires_grad_(True)
-    if train == "all":
-        for name, parameter in lamo.gpt.named_parameters():
-            parameter.requires_grad_(language or name not in ("wte.weight", "wpe.weight"))
-    else:
-        lamo.gpt.requires_grad_(False)
+    for name, parameter in lamo.gpt.named_parameters():
+        read = language or name not in ("wte.weight", "wpe.weight")
+        parameter.requires_grad_(train == "all" and read)
     for layer in lamo.modules():
         if train == "lora" and isinstance(layer, LoRALinear):
-            for parameter in (layer.lora_A, layer.lora_B, layer.bias):
-                parameter.requires_grad_(True)
+            layer.requires_grad_(True).weight.requires_grad_(False)
 
 
 def round_frozen(model):
-    """Keep frozen matrices as bf16, in place: half the memory, and no cast at each use.
-
-    Under bf16 autocast nothing else changes, which rounds a matrix so whenever it multiplies. Only
-    wte is also looked up in, so a text's embeddings are rounded, too; wpe stays as it is.
-    """
+    """Keep frozen matrices as bf16, in place, to which autocast would round them at each use. Of a
+    text's embeddings wte is rounded so, too; wpe stays as it is."""
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad and parameter.dim() == 2 and not name.endswith("wpe.weight"):
             parameter.data = parameter.data.bfloat16()
@@ -96,10 +83,8 @@ def round_frozen(model):
 
 @contextmanager
 def merged(model):
-    """Within this, each LoRA layer is one product with W + (alpha / rank) B A, the same output.
-
-    In fp32, that is: bf16 weights have no room for an update below half their last digit.
-    """
+    """Within this, each LoRA layer is one product with W + (alpha / rank) B A, the same output in
+    fp32. In bf16 it is not: an update below half of a weight's last digit would be lost."""
     layers = [layer for layer in model.modules() if isinstance(layer, LoRALinear)]
     for layer in layers:
         with torch.no_grad():

@@ -112,8 +112,6 @@ class GPT(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        if config.n_embd % config.n_head:
-            raise ValueError(f"n_embd {config.n_embd} is not a multiple of n_head {config.n_head}")
         self.config = config
         self.wte = nn.Embedding(config.vocab_size, config.n_embd)
         self.wpe = nn.Embedding(config.block_size, config.n_embd)
@@ -176,9 +174,8 @@ class GPT(nn.Module):
 def text_loss(gpt, tokens, batch=4):
     """Mean next-token cross-entropy of a text, in nats a token; exp of it is the perplexity.
 
-    tokens (N,), at least 2 integers in a NumPy array, memory-mapped or not. They are read in
-    consecutive blocks of block_size: each token but the first is predicted once, from those before
-    it in its block. Runs in evaluation mode and leaves the mode as it was.
+    tokens (N,), at least 2 integers in a NumPy array, are read in consecutive blocks of block_size:
+    each token but the first is predicted once, from those before it in its block.
     """
     device, length, training = gpt.wte.weight.device, gpt.config.block_size, gpt.training
     gpt.eval()
@@ -226,13 +223,10 @@ class TokenEmbedding(nn.Module):
 
     Every dimension has a table of its own, or the mean would not tell which number was whose. A
     bin's row starts as the mean embedding of the three digits of its number, "000" to "511".
-    wte (V, C): the language model's word embeddings. Raises ValueError for an unknown vocabulary.
     """
 
     def __init__(self, n_in, wte):
         super().__init__()
-        if len(wte) not in ZERO:
-            raise ValueError(f"no digits are known in a vocabulary of {len(wte)}; use --embed mlp")
         number = torch.arange(BINS)
         digits = torch.stack([number // 100, number // 10 % 10, number % 10], dim=1)  # (BINS, 3)
         rows = wte.detach()[ZERO[len(wte)] + digits].mean(1)  # (BINS, C)
@@ -256,7 +250,6 @@ class FrameEncoder(nn.Module):
     """States of `stack` frames each: (B, K + stack - 1, 84, 84) bytes -> (B, K, C).
 
     The convolutions of Mnih et al. (2015), as Decision Transformer and LaMo have them for Atari.
-    Pixels are no numbers to be looked up: for `tokens` it is the same as for `linear`.
     """
 
     def __init__(self, stack, n_embd, embed):

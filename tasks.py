@@ -12,20 +12,21 @@ import importlib.util
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from functools import cache
 from pathlib import Path
 
 import gymnasium as gym
 import numpy as np
+import torch
 from gymnasium import spaces
 from gymnasium.envs.registration import EnvSpec
 from minari.serialization import deserialize_space, serialize_space
-from PIL import Image
 
 from utils import UserError, choose
 
 STACK = 4  # frames in a state, where observations are pictures (Mnih et al. 2015)
 FRAME = 84  # rows and columns of a frame (Mnih et al. 2015, doi 10.1038/nature14236)
-SMALLEST_PICTURE = 32  # rows and columns; smaller arrays of bytes are no pictures (Minari's rule)
+SMALLEST_PICTURE = 32  # rows and columns; smaller arrays of bytes are no pictures to Minari either
 LONGEST_VECTOR = 10_000  # numbers of a flat observation; more is no vector by intention
 GOAL_DISTANCE = 0.3  # below this a kitchen's sub-task is complete (gymnasium-robotics)
 QUALITIES = ("simple", "medium", "expert")  # of Minari's MuJoCo datasets
@@ -54,38 +55,23 @@ class Task:
     bundled: str | None = None  # id of what comes with the project, in assets/minari
 
 
-def mujoco(name, env_id, targets, random, expert, ours=True, **other):
+def mujoco(name, env_id, targets, random, expert, ours=True, **row):
     """A row of the MuJoCo tasks. ours: whether a policy to record it with is in assets/."""
-    return Task(
-        minari=f"mujoco/{name}/{{quality}}-v0",
-        env_id=env_id,
-        scale=1000,
-        targets=targets,
-        random=random,
-        expert=expert,
-        max_ep_len=1000,
-        recorded=f"lamo/{name}/medium-v0" if ours else None,
-        bundled=f"lamo/{name}/medium-1pct-v0" if ours else None,
-        **other,
-    )
+    if ours:
+        row |= {"recorded": f"lamo/{name}/medium-v0", "bundled": f"lamo/{name}/medium-1pct-v0"}
+    row |= {"scale": 1000, "targets": targets, "max_ep_len": 1000}
+    minari = f"mujoco/{name}/{{quality}}-v0"
+    return Task(minari, env_id, random=random, expert=expert, **row)
 
 
 def kitchen(which, *subtasks):
     """A row of the Kitchen tasks, by the four sub-tasks that the arm is to complete."""
     # the data were recorded with both off, so that a sub-task done pays at every step
     once = {"remove_task_when_completed": True, "terminate_on_tasks_completed": True}
-    return Task(
-        minari=f"D4RL/kitchen/{which}-v2",
-        env_id="gymnasium_robotics:FrankaKitchen-v1",
-        env_kwargs={"tasks_to_complete": list(subtasks)},
-        evaluated=once | {"max_episode_steps": 280},
-        rewards=kitchen_rewards,
-        scale=1,
-        targets=(4, 5),
-        random=0,
-        expert=4,
-        max_ep_len=280,
-    )
+    row = {"scale": 1, "targets": (4, 5), "random": 0, "expert": 4, "max_ep_len": 280}
+    row |= {"evaluated": once | {"max_episode_steps": 280}, "rewards": kitchen_rewards}
+    row["env_kwargs"] = {"tasks_to_complete": list(subtasks)}
+    return Task(f"D4RL/kitchen/{which}-v2", "gymnasium_robotics:FrankaKitchen-v1", **row)
 
 
 def kitchen_rewards(observations):
@@ -102,32 +88,28 @@ def kitchen_rewards(observations):
     return first.sum(0).astype(np.float64)
 
 
-def atari(game, targets=None, random=None, expert=None, lr=1e-3, **other):
+def atari(game, targets=None, random=None, expert=None, lr=1e-3, **row):
     """A row of the Atari tasks, by Gymnasium's name of the game."""
-    minari, env_id = f"atari/{game.lower()}/expert-v0", f"ale_py:ALE/{game}-v5"
-    known = {"context": 30, "max_ep_len": 4096, "batch": 128, "lora_rank": 32, "lr": lr}
-    return Task(minari, env_id, targets=targets, random=random, expert=expert, **known, **other)
+    row |= {"context": 30, "max_ep_len": 4096, "batch": 128, "lora_rank": 32, "lr": lr}
+    row |= {"targets": targets, "random": random, "expert": expert}
+    return Task(f"atari/{game.lower()}/expert-v0", f"ale_py:ALE/{game}-v5", **row)
 
 
-REACHER2D = Task(
-    minari="lamo/reacher2d/medium-v0",
-    env_id="reacher2d:lamo/Reacher2d-v0",
-    scale=10,
-    targets=(76, 40),
-    random=0,
-    expert=100,
-    context=5,
-    max_ep_len=100,
-    recorded="lamo/reacher2d/medium-v0",
-    full=5000,
-    bundled="lamo/reacher2d/medium-v0",
-)
+REACHER2D = {"scale": 10, "targets": (76, 40), "random": 0, "expert": 100, "context": 5}
+REACHER2D |= {"recorded": "lamo/reacher2d/medium-v0", "bundled": "lamo/reacher2d/medium-v0"}
+
 TASKS = {
     "hopper": mujoco("hopper", "Hopper-v5", (3600, 1800), -20.3, 3234.3, embed="linear"),
     "halfcheetah": mujoco("halfcheetah", "HalfCheetah-v5", (12000, 8000), -280.2, 12135.0),
     "walker2d": mujoco("walker2d", "Walker2d-v5", (5000, 2500), 1.6, 4592.3),
     "ant": mujoco("ant", "Ant-v5", (6000, 3000), -325.6, 3879.7, ours=False),
-    "reacher2d": REACHER2D,
+    "reacher2d": Task(
+        "lamo/reacher2d/medium-v0",
+        "reacher2d:lamo/Reacher2d-v0",
+        max_ep_len=100,
+        full=5000,
+        **REACHER2D,
+    ),
     "kitchen-complete": kitchen("complete", "microwave", "kettle", "light switch", "slide cabinet"),
     "kitchen-partial": kitchen("partial", "microwave", "kettle", "light switch", "slide cabinet"),
     "kitchen-mixed": kitchen("mixed", "microwave", "kettle", "bottom burner", "light switch"),
@@ -141,14 +123,10 @@ TASKS = {
 
 
 def find_task(name):
-    """(its name, `Task`) of a row of TASKS, however it is spelt, or of any other Atari game.
-
-    Raises UserError, listing the valid names.
-    """
+    """(its name, `Task`) of a row of TASKS, however it is spelt, or of any other Atari game."""
     plain = name.removeprefix("ALE/").removesuffix("-v5").replace("_", "").lower()
-    for key in (name, plain):
-        if key in TASKS:
-            return key, TASKS[key]
+    if (key := name if name in TASKS else plain) in TASKS:
+        return key, TASKS[key]
     if plain in atari_games():  # scores differ a thousandfold: scale and targets are the data's
         return plain, atari(atari_games()[plain])
     choose("env", name, [*TASKS, "any Atari game", "or use --dataset ID instead of --env"])
@@ -174,8 +152,7 @@ def task_of_dataset(name):
     game = name.removeprefix("atari/").partition("/")[0]
     if name.startswith("atari/") and game in atari_games():
         return game, replace(find_task(game)[1], minari=name)
-    path = Path(name)
-    return ("/".join(path.parts[-2:]) if path.is_dir() else name), Task()
+    return ("/".join(Path(name).parts[-2:]) if Path(name).is_dir() else name), Task()
 
 
 # --- environments --------------------------------------------------------------------------------
@@ -204,7 +181,7 @@ class Environment:
 
 
 def make_env(spec, render_mode=None, **kwargs):
-    """One environment, of an EnvSpec or an id. It draws only what render_mode says."""
+    """One environment, of an EnvSpec or an id, that draws only what render_mode says."""
     if isinstance(spec, EnvSpec):
         spec = copy.deepcopy(spec)
         spec.kwargs.pop("render_mode", None)  # the recording's
@@ -217,8 +194,7 @@ def find_environment(task, dataset):
     """The Environment of a task and a minari.MinariDataset, and one line on where it is from.
 
     The dataset's own record wins where it is of the task's environment, or the task names none: it
-    says how the environment was set up. The task's reference returns win over the dataset's.
-    Raises UserError if the data are not of this environment.
+    says how the environment was set up. Raises UserError if the data are not of this environment.
     """
     name = dataset.spec.dataset_id
     recorded = dataset._eval_env_spec or dataset.env_spec  # Minari has no public name for the first
@@ -245,16 +221,13 @@ def find_environment(task, dataset):
         if not fits(data, own):
             raise UserError(f"dataset {name}'s {what} is {data}, but that of {ours} is {own}")
     env.close()
-    environment = Environment(env.spec, dataset.observation_space, env.action_space, random, expert)
-    environment.sizes()  # raises UserError for spaces that cannot be learnt from
-    return environment, note
+    seen, done = dataset.observation_space, env.action_space
+    return Environment(env.spec, seen, done, random, expert), note
 
 
 def fits(data, own):
-    """Whether data of a space can come from an environment's own space.
-
-    A dictionary may hold less than the environment shows, and pictures may differ in size.
-    """
+    """Whether data of a space can come from an environment's own space, which may hold more keys in
+    a dictionary, and pictures of another size."""
     if isinstance(data, spaces.Dict) and isinstance(own, spaces.Dict):
         return all(key in own.spaces and fits(part, own[key]) for key, part in data.items())
     if isinstance(data, spaces.Tuple) and isinstance(own, spaces.Tuple):
@@ -282,7 +255,6 @@ def unpack(packed):
 
 
 # --- observations and actions as arrays -----------------------------------------------------------
-# The same functions serve recorded data and live environments, so that the two cannot differ.
 
 
 def is_picture(space):
@@ -293,14 +265,25 @@ def is_picture(space):
     return len(size) == 2 and channels in (1, 3) and min(size) >= SMALLEST_PICTURE
 
 
-def shrink(pictures):
-    """Pictures (n, H, W), (n, H, W, 1) or (n, H, W, 3) -> grey frames (n, 84, 84), bytes.
+@cache
+def area_weights(size):
+    """How much of each of `size` pixels falls into each of FRAME: (FRAME, size) whole numbers, with
+    which the sums below are exact in fp32."""
+    edges = torch.arange(FRAME + 1)[:, None] * size  # of ours, in parts of a pixel
+    covered = (torch.arange(size + 1) * FRAME).clamp(edges[:-1], edges[1:])  # (FRAME, size + 1)
+    return (covered.diff() // math.gcd(size, FRAME)).float()
 
-    Colours become luma (ITU-R BT.601), pixels are averaged by area.
-    """
-    pictures = pictures[..., 0] if pictures.shape[-1] == 1 else pictures
-    grey = [Image.fromarray(picture).convert("L") for picture in pictures]
-    return np.stack([image.resize((FRAME, FRAME), Image.Resampling.BOX) for image in grey])
+
+def shrink(pictures):
+    """Pictures (n, H, W), (n, H, W, 1) or (n, H, W, 3) -> frames (n, 84, 84), bytes: luma (ITU-R
+    BT.601), pixels averaged by area."""
+    x = torch.as_tensor(pictures)
+    if x.shape[-1] == 3:
+        x = (x.float() @ torch.tensor([299.0, 587.0, 114.0]) / 1000).round()
+    x = (x[..., 0] if x.shape[-1] == 1 else x).float()
+    rows, columns = area_weights(x.shape[-2]), area_weights(x.shape[-1])
+    mean = rows @ x @ columns.T / (rows[0].sum() * columns[0].sum())  # (n, 84, 84)
+    return mean.round().to(torch.uint8).numpy()
 
 
 def flatten(space, values):
@@ -321,10 +304,7 @@ def flatten(space, values):
 
 
 def observation_shape(space):
-    """Shape of an observation as the model reads it: (O,), or (4, 84, 84) where it is pictures.
-
-    Raises UserError for a space that is neither a picture nor a vector of sensible length.
-    """
+    """Shape of an observation as the model reads it: (O,), or (4, 84, 84) where it is pictures."""
     if is_picture(space):
         return (STACK, FRAME, FRAME)
     (size,) = flatten(space, space.sample()).shape
@@ -340,7 +320,7 @@ def is_choice(space):
 
 
 def action_size(space):
-    """A, numbers in an action, or n, its choices. Raises UserError for any other kind of space."""
+    """A, numbers in an action, or n, its choices. Raises UserError for other kinds of space."""
     if is_choice(space):
         return int(space.n)
     if isinstance(space, spaces.Box) and np.issubdtype(space.dtype, np.floating):

@@ -31,8 +31,11 @@ def run_command(main):
     except KeyboardInterrupt:
         raise SystemExit(130) from None
     except (UserError, ModuleNotFoundError) as error:
-        how = f"; pip install {error.name}" if isinstance(error, ModuleNotFoundError) else ""
-        print(f"error: {error}{how}", file=sys.stderr)
+        text = " ".join(str(error).split())
+        if isinstance(error, ModuleNotFoundError):
+            package = {"sklearn": "scikit-learn"}.get(error.name, error.name)
+            text += f"; pip install {package}, or put its folder on PYTHONPATH"
+        print(f"error: {text}", file=sys.stderr)
         raise SystemExit(2) from None
 
 
@@ -115,13 +118,35 @@ def choose_device(name=None):
 
 @cache
 def network_available():
-    """Whether the Hugging Face hub answers; HF_HUB_OFFLINE=1 says no. Its clients retry for 20 s
-    without a network, this gives up soon."""
+    """Whether the Hugging Face hub answers; its own clients try for 20 s where there is none."""
     from huggingface_hub import constants
     from huggingface_hub.utils import get_session
 
     try:
         get_session().head(constants.ENDPOINT, timeout=PROBE_SECONDS)
-    except Exception:  # offline, refused, timed out, a bad name, proxy or certificate
+    except Exception:  # HF_HUB_OFFLINE, refused, timed out, a bad name, proxy or certificate
         return False
     return True
+
+
+def is_cached(repository, names, kind="model"):
+    """Whether these files of a repository on the hub are in its client's cache."""
+    from huggingface_hub import try_to_load_from_cache as find
+
+    return all(isinstance(find(repository, name, repo_type=kind), str) for name in names)
+
+
+def fetch(what, repository, names, kind="model"):
+    """Paths of files of a repository on the hub, fetched if need be. Raises UserError."""
+    from huggingface_hub import hf_hub_download
+
+    cached = is_cached(repository, names, kind)  # then the client is not to ask for newer ones
+    try:
+        if not cached and not network_available():
+            raise ConnectionError("it is not cached, and there is no network")
+        known = {"repo_type": kind, "local_files_only": cached}
+        return [hf_hub_download(repository, name, **known) for name in names]
+    except Exception as error:  # the client's and its transport's many kinds
+        how = f"hf download {repository} {' '.join(names)} --repo-type {kind}"
+        how = f"run `{how}` where there is a network and copy the cache (HF_HOME) here"
+        raise UserError(f"cannot get {what} ({reason(error)}); {how}") from error

@@ -1,14 +1,12 @@
 """The baselines' networks and losses: BC, TD3+BC, IQL, CQL; for choices BC, CQL, BCQ, NFQ.
 
-Losses are TorchRL's, but for three parts, which are ours: CQL's conservative term, because TorchRL
-0.14 takes its log-sum-exp over three sampled actions, however many are asked for; that of CQL for
+The losses are TorchRL's, except for three parts: CQL's conservative term, because TorchRL 0.14
+takes its log-sum-exp over three sampled actions, however many are asked for; that of CQL for
 choices, because TorchRL's DiscreteCQLLoss computes targets without its target network; and BCQ's
-filter, which TorchRL lacks. Every algorithm is one function that returns a Learner.
+filter, which TorchRL lacks. Where d3rlpy predicts 200 quantiles of a value, here it is one number.
 
-Hyperparameters are CORL's for numbers (github.com/tinkoff-ai/CORL: configs/offline/*/hopper/
-medium_v2.yaml, defaults of algorithms/offline/*.py; CORL has no kitchen, which takes the same), and
-d3rlpy's for choices (github.com/takuseno/d3rlpy: reproductions/offline, and DiscreteBCConfig for
-BC). Where d3rlpy predicts 200 quantiles of a value, here it is one number. SHORT_NUMBERS are ours.
+Every algorithm is a function (obs_shape, n_act, c) that returns a Learner; c: baselines.Config, or
+what has its hyperparameters.
 """
 
 import itertools
@@ -34,30 +32,12 @@ from torchrl.objectives import (
     TD3BCLoss,
 )
 
-from embeddings import FrameEncoder
+from model import FrameEncoder
 
-# TorchRL's word on losses that have no target networks, of no use to anyone here.
+# TorchRL warns of every loss without target networks.
 warnings.filterwarnings("ignore", r"The name target_\w+ wasn't part of the annotations")
 
-NUMBERS = {  # CORL's; an algorithm reads what its row names, and nothing else
-    "bc": dict(lr=3e-4, batch=256, layers=2),
-    "td3bc": dict(lr=3e-4, batch=256, layers=2, discount=0.99, tau=0.005, alpha=2.5),
-    "iql": dict(lr=3e-4, batch=256, layers=2, discount=0.99, tau=0.001, beta=3.0, expectile=0.7),
-    "cql": dict(lr=3e-4, batch=256, layers=3, discount=0.99, tau=0.005, alpha=10.0, actor_lr=3e-5),
-}
-SPAN = dict(iql=1000.0, cql=1000.0)  # what these have rewards scaled to in MuJoCo's tasks
-SHORT_NUMBERS = {  # for the 5000 steps of the short preset, where CORL has a million
-    "td3bc": dict(tau=0.1),  # or values would not have come a tenth of the way to what is earned
-    "cql": dict(tau=0.1, actor_lr=3e-4, batch=64),
-    # IQL stays: on 1 % of hopper, the better its values the worse its policy (see the README)
-}
-CHOICES = {  # d3rlpy's
-    "bc": dict(lr=1e-3, batch=100, layers=2, beta=0.5),
-    "cql": dict(lr=5e-5, batch=32, layers=2, discount=0.99, target_every=2000, alpha=4.0),
-    "bcq": dict(lr=5e-5, batch=32, layers=2, discount=0.99, target_every=2000, beta=0.01),
-    "nfq": dict(lr=5e-5, batch=32, layers=2, discount=0.99),
-}
-ADAM_EPS = dict(cql=1e-2 / 32, bcq=1e-2 / 32, nfq=1e-8)  # Adam's epsilon, for choices
+ADAM_EPS = dict(cql=1e-2 / 32, bcq=1e-2 / 32, nfq=1e-8)  # Adam's epsilon for choices, d3rlpy's
 HIDDEN = 256  # units of a layer
 POLICY_NOISE, NOISE_CLIP, ACTOR_EVERY = 0.2, 0.5, 2  # TD3's
 IQL_STD = 0.5**0.5  # of a fixed Gaussian: its log-likelihood is CORL's squared error
@@ -71,7 +51,7 @@ FRAME_FEATURES = 512  # what the convolutions end in (Mnih et al. 2015)
 class Learner:
     trained: nn.Module  # all that is trained (target networks are its buffers)
     policy: nn.Module  # observations (B, O) or (B, 4, 84, 84) -> actions (B, A) or logits (B, n)
-    update: Callable  # a batch, see baselines.sample_transitions -> a dictionary of loss tensors
+    update: Callable  # a batch, see baselines.sample_transitions -> {name: loss}, after one step
 
 
 # --- networks ------------------------------------------------------------------------------------
@@ -101,6 +81,12 @@ class Critic(nn.Module):
         return self.net(torch.cat([observation, action], dim=-1))
 
 
+def make_critic(*sizes, orthogonal=False):
+    """A Critic as TorchRL's losses call it."""
+    critic = Critic(*sizes, orthogonal)
+    return TensorDictModule(critic, ["observation", "action"], ["state_action_value"])
+
+
 class Gaussian(nn.Module):
     """CQL's policy before its tanh: observations (B, O) -> mean and standard deviation (B, A)."""
 
@@ -117,8 +103,8 @@ class Gaussian(nn.Module):
 
 def features(obs_shape, layers):
     """A network of an observation's features, for choices, and how many: (B, ..) -> (B, n)."""
-    if len(obs_shape) == 2:  # frames
-        encoder = FrameEncoder(FRAME_FEATURES, "linear")  # (B, 4, 84, 84) -> (B, 1, 512)
+    if len(obs_shape) == 3:  # frames
+        encoder = FrameEncoder(obs_shape[0], FRAME_FEATURES, "linear")  # to (B, 1, 512)
         return nn.Sequential(encoder, nn.Flatten(), nn.ReLU()), FRAME_FEATURES
     return nn.Sequential(*mlp(*obs_shape, HIDDEN, layers - 1), nn.ReLU()), HIDDEN
 
@@ -141,14 +127,17 @@ class Likeliest(nn.Module):
 
 
 class Chosen(nn.Module):
-    """The likeliest choice as logits that leave no other: choose(observations) (B,) -> (B, n)."""
+    """A policy that makes one choice for certain: observations (B, ..) -> logits 0 and -inf (B, n).
+
+    Rollouts draw from the logits. net: holds the weights; choose: observations -> choices (B,).
+    """
 
     def __init__(self, net, choose, n):
         super().__init__()
         self.net, self.choose, self.n = net, choose, n
 
     def forward(self, observation):
-        return F.one_hot(self.choose(observation), self.n).float().log()  # 0 and -inf
+        return F.one_hot(self.choose(observation), self.n).float().log()
 
 
 def adam(parameters, lr, eps=1e-8):
@@ -167,10 +156,10 @@ def step(optimiser, loss):
 
 def clone(obs_shape, n_act, c):
     """BC: mean squared error of actions."""
-    policy = nn.Sequential(mlp(*obs_shape, n_act, c["layers"]), nn.Tanh())
+    policy = nn.Sequential(mlp(*obs_shape, n_act, c.layers), nn.Tanh())
     actor = TensorDictModule(policy, ["observation"], ["action"])
     loss = BCLoss(actor, loss_function="mse")
-    optimiser = adam(loss.parameters(), c["lr"])
+    optimiser = adam(loss.parameters(), c.lr)
 
     def update(batch):
         value = loss(batch)["loss_bc"]
@@ -181,24 +170,16 @@ def clone(obs_shape, n_act, c):
 
 
 def td3bc(obs_shape, n_act, c):
-    """TD3+BC (Fujimoto and Gu 2021): the actor climbs Q, held to the data's actions."""
-    policy = nn.Sequential(mlp(*obs_shape, n_act, c["layers"]), nn.Tanh())
+    """TD3+BC (Fujimoto and Gu 2021): the actor maximises Q and is pulled to the data's actions."""
+    policy = nn.Sequential(mlp(*obs_shape, n_act, c.layers), nn.Tanh())
     actor = TensorDictModule(policy, ["observation"], ["action"])
-    critic = Critic(*obs_shape, n_act, c["layers"])
-    critic = TensorDictModule(critic, ["observation", "action"], ["state_action_value"])
-    loss = TD3BCLoss(
-        actor,
-        critic,
-        bounds=(-1.0, 1.0),
-        policy_noise=POLICY_NOISE,
-        noise_clip=NOISE_CLIP,
-        alpha=c["alpha"],
-        loss_function="l2",
-    )
-    loss.make_value_estimator(gamma=c["discount"])
-    targets = SoftUpdate(loss, tau=c["tau"])
-    critics = adam(loss.qvalue_network_params.parameters(), c["lr"])
-    actors = adam(loss.actor_network_params.parameters(), c["lr"])
+    critic = make_critic(*obs_shape, n_act, c.layers)
+    noise = {"policy_noise": POLICY_NOISE, "noise_clip": NOISE_CLIP, "bounds": (-1.0, 1.0)}
+    loss = TD3BCLoss(actor, critic, alpha=c.alpha, loss_function="l2", **noise)
+    loss.make_value_estimator(gamma=c.discount)
+    targets = SoftUpdate(loss, tau=c.tau)
+    critics = adam(loss.qvalue_network_params.parameters(), c.lr)
+    actors = adam(loss.actor_network_params.parameters(), c.lr)
     updates = 0
 
     def update(batch):
@@ -216,8 +197,8 @@ def td3bc(obs_shape, n_act, c):
 
 
 def iql(obs_shape, n_act, c):
-    """IQL (Kostrikov et al. 2021): an expectile of Q for a value, and cloning in its proportion."""
-    policy = nn.Sequential(mlp(*obs_shape, n_act, c["layers"]), nn.Tanh())
+    """IQL (Kostrikov et al. 2021): V is an expectile of Q; cloning is weighted by Q - V."""
+    policy = nn.Sequential(mlp(*obs_shape, n_act, c.layers), nn.Tanh())
 
     def around(loc):
         return loc, torch.full_like(loc, IQL_STD)
@@ -230,23 +211,16 @@ def iql(obs_shape, n_act, c):
         in_keys=["loc", "scale"],
         distribution_class=IndependentNormal,
     )
-    critic = Critic(*obs_shape, n_act, c["layers"])
-    critic = TensorDictModule(critic, ["observation", "action"], ["state_action_value"])
-    value = TensorDictModule(mlp(*obs_shape, 1, c["layers"]), ["observation"], ["state_value"])
-    loss = IQLLoss(
-        actor,
-        critic,
-        value,
-        loss_function="l2",
-        temperature=c["beta"],
-        expectile=c["expectile"],
-    )
-    loss.make_value_estimator(gamma=c["discount"])
-    targets = SoftUpdate(loss, tau=c["tau"])
-    values = adam(loss.value_network_params.parameters(), c["lr"])
-    critics = adam(loss.qvalue_network_params.parameters(), c["lr"])
-    actors = adam(loss.actor_network_params.parameters(), c["lr"])
-    cosine = torch.optim.lr_scheduler.CosineAnnealingLR(actors, c["steps"])
+    critic = make_critic(*obs_shape, n_act, c.layers)
+    value = TensorDictModule(mlp(*obs_shape, 1, c.layers), ["observation"], ["state_value"])
+    weights = {"temperature": c.beta, "expectile": c.expectile}
+    loss = IQLLoss(actor, critic, value, loss_function="l2", **weights)
+    loss.make_value_estimator(gamma=c.discount)
+    targets = SoftUpdate(loss, tau=c.tau)
+    values = adam(loss.value_network_params.parameters(), c.lr)
+    critics = adam(loss.qvalue_network_params.parameters(), c.lr)
+    actors = adam(loss.actor_network_params.parameters(), c.lr)
+    cosine = torch.optim.lr_scheduler.CosineAnnealingLR(actors, c.steps)
 
     def update(batch):
         all_losses = loss(batch)
@@ -261,11 +235,11 @@ def iql(obs_shape, n_act, c):
 
 
 def conservative(loss, batch):
-    """CQL's conservative term (Kumar et al. 2020, equation 4, "CQL(H)"), ours: a scalar.
+    """CQL's conservative term (Kumar et al. 2020, equation 4, "CQL(H)"): a scalar.
 
     For both critics, mean over the batch of log sum exp of Q over sampled actions, each less the
-    log-density it was sampled with, minus Q of the data's action; summed over the critics. Sampled
-    are CQL_ACTIONS uniformly, from the policy here, and from the policy at the next observation.
+    log-density it was sampled with, minus Q of the data's action; summed over the critics. Of the
+    actions CQL_ACTIONS each are uniform, from the policy, and from it at the next observation.
     """
     obs, n_act = batch["observation"], batch["action"].shape[-1]
     size = (CQL_ACTIONS, len(obs))
@@ -289,28 +263,23 @@ def conservative(loss, batch):
 
 
 def cql(obs_shape, n_act, c):
-    """CQL (Kumar et al. 2020) on soft actor-critic, entropy tuned, not backed up."""
-    net = Gaussian(*obs_shape, n_act, c["layers"])
+    """CQL (Kumar et al. 2020) on soft actor-critic: entropy weight tuned, no entropy in targets."""
+    net = Gaussian(*obs_shape, n_act, c.layers)
     actor = ProbabilisticActor(
         TensorDictModule(net, ["observation"], ["loc", "scale"]),
         in_keys=["loc", "scale"],
         distribution_class=TanhNormal,
         return_log_prob=True,
     )
-    critics = [  # two at once, for TorchRL would draw the second one, and the first anew
-        TensorDictModule(
-            Critic(*obs_shape, n_act, c["layers"], orthogonal=True),
-            ["observation", "action"],
-            ["state_action_value"],
-        )
-        for _ in range(2)
+    critics = [  # both, because TorchRL draws the weights anew if it is given one
+        make_critic(*obs_shape, n_act, c.layers, orthogonal=True) for _ in range(2)
     ]
     loss = CQLLoss(actor, critics, loss_function="l2", target_entropy=-float(n_act))
-    loss.make_value_estimator(gamma=c["discount"])
-    targets = SoftUpdate(loss, tau=c["tau"])
-    critics = adam(loss.qvalue_network_params.parameters(), c["lr"])
-    actors = adam(loss.actor_network_params.parameters(), c["actor_lr"])
-    temperatures = adam([loss.log_alpha], c["actor_lr"])
+    loss.make_value_estimator(gamma=c.discount)
+    targets = SoftUpdate(loss, tau=c.tau)
+    critics = adam(loss.qvalue_network_params.parameters(), c.lr)
+    actors = adam(loss.actor_network_params.parameters(), c.actor_lr)
+    temperatures = adam([loss.log_alpha], c.actor_lr)
 
     def update(batch):
         actor_loss, about = loss.actor_loss(batch)
@@ -322,7 +291,7 @@ def cql(obs_shape, n_act, c):
         }
         step(temperatures, losses["loss_alpha"])
         step(actors, losses["loss_actor"])
-        step(critics, losses["loss_critic"] + c["alpha"] * losses["loss_conservative"])
+        step(critics, losses["loss_critic"] + c.alpha * losses["loss_conservative"])
         targets.step()
         return losses
 
@@ -342,31 +311,31 @@ def cql(obs_shape, n_act, c):
 
 def clone_choices(obs_shape, n_act, c):
     """BC: cross-entropy of choices, and beta times the mean square of the logits."""
-    encoder, n = features(obs_shape, c.get("layers"))
+    encoder, n = features(obs_shape, c.layers)
     net = nn.Sequential(encoder, nn.Linear(n, n_act))
     actor = TensorDictModule(net, ["observation"], ["action"])
     loss = BCLoss(actor, loss_function="cross_entropy")
-    optimiser = adam(loss.parameters(), c["lr"])
+    optimiser = adam(loss.parameters(), c.lr)
 
     def update(batch):
         losses = {"loss_bc": loss(batch)["loss_bc"]}
         losses["loss_logits"] = net(batch["observation"]).square().mean()
-        step(optimiser, losses["loss_bc"] + c["beta"] * losses["loss_logits"])
+        step(optimiser, losses["loss_bc"] + c.beta * losses["loss_logits"])
         return losses
 
     return Learner(loss, Chosen(net, lambda x: net(x).argmax(-1), n_act), update)
 
 
 def q_learning(obs_shape, n_act, c):
-    """NFQ, CQL and BCQ for choices: Q-learning, which they keep to the data in their own ways.
+    """NFQ, CQL and BCQ for choices: Q-learning, and what keeps it to the data.
 
-    NFQ (Riedmiller 2005): by nothing, and without a target network. CQL: double Q-learning
-    (van Hasselt et al. 2016), and the conservative term, which for choices needs no samples. BCQ
-    (Fujimoto et al. 2019, arXiv 1910.01708): double Q-learning that takes only choices at least
-    BCQ_THRESHOLD as likely as the likeliest, by an imitation that shares the features.
+    NFQ (Riedmiller 2005): nothing does, and there is no target network. CQL: double Q-learning
+    (van Hasselt et al. 2016) and the conservative term, which needs no samples for choices. BCQ
+    (Fujimoto et al. 2019, arXiv 1910.01708): double Q-learning among choices at least BCQ_THRESHOLD
+    as likely as the likeliest, by an imitation of the data that shares the features.
     """
-    algo, delayed = c["algo"], c["algo"] != "nfq"
-    encoder, n = features(obs_shape, c.get("layers"))
+    algo, delayed = c.algo, c.algo != "nfq"
+    encoder, n = features(obs_shape, c.layers)
     value, likeliest = nn.Linear(n, n_act), Likeliest(n, n_act)
     parts = [
         TensorDictModule(encoder, ["observation"], ["features"]),
@@ -384,11 +353,11 @@ def q_learning(obs_shape, n_act, c):
         delay_value=delayed,
         double_dqn=delayed,
     )
-    loss.make_value_estimator(gamma=c["discount"])
+    loss.make_value_estimator(gamma=c.discount)
     targets = None
-    if delayed:  # TorchRL's counter starts at 0: it copies one step later than it is told
-        targets = HardUpdate(loss, value_network_update_interval=c["target_every"] - 1)
-    optimiser = adam(loss.parameters(), c["lr"], ADAM_EPS[algo])
+    if delayed:  # TorchRL's counter starts at 0, so it copies one step late
+        targets = HardUpdate(loss, value_network_update_interval=c.target_every - 1)
+    optimiser = adam(loss.parameters(), c.lr, ADAM_EPS[algo])
 
     def update(batch):
         losses = {"loss_critic": loss(batch)["loss"]}
@@ -397,11 +366,11 @@ def q_learning(obs_shape, n_act, c):
             q = value(encoder(batch["observation"]))  # (B, n)
             chosen = q.gather(-1, batch["action"][:, None])[:, 0]
             losses["loss_conservative"] = (q.logsumexp(-1) - chosen).mean()
-            total = total + c["alpha"] * losses["loss_conservative"]
+            total = total + c.alpha * losses["loss_conservative"]
         if algo == "bcq":
             logits = likeliest.imitation(encoder(batch["observation"]))
             losses["loss_imitation"] = F.cross_entropy(logits, batch["action"])
-            losses["loss_imitation"] += c["beta"] * logits.square().mean()
+            losses["loss_imitation"] += c.beta * logits.square().mean()
             total = total + losses["loss_imitation"]
         step(optimiser, total)
         if targets is not None:
@@ -414,10 +383,10 @@ def q_learning(obs_shape, n_act, c):
     return Learner(loss, Chosen(net, choose, n_act), update)
 
 
-def make_learner(obs_shape, n_act, discrete, settings):
-    """The Learner of settings["algo"]. obs_shape and n_act as LaMo's, and discrete likewise."""
+def make_learner(obs_shape, n_act, discrete, c):
+    """The Learner of c.algo. The sizes are those of tasks.Environment.sizes()."""
     if discrete:
-        make = clone_choices if settings["algo"] == "bc" else q_learning
+        make = clone_choices if c.algo == "bc" else q_learning
     else:
-        make = {"bc": clone, "td3bc": td3bc, "iql": iql, "cql": cql}[settings["algo"]]
-    return make(obs_shape, n_act, settings)
+        make = {"bc": clone, "td3bc": td3bc, "iql": iql, "cql": cql}[c.algo]
+    return make(obs_shape, n_act, c)

@@ -3,161 +3,137 @@
     python -m experiments.baselines --algo iql --env hopper --ratio 0.01
     python -m experiments.baselines --evaluate runs/<run>/ckpt.pt
 
-bc, td3bc, iql and cql for actions that are numbers; bc, cql, bcq and nfq for choices (Atari). Data,
-tasks, evaluations, the run's folder and its score are train.py's, so that runs compare; algorithms
-and their hyperparameters are in experiments/algorithms.py. A policy here sees one observation, or
-four frames, and is told no target return.
+bc, td3bc, iql and cql are for actions that are numbers; bc, cql, bcq and nfq for choices (Atari).
+Data, tasks, evaluations, the run's folder and its score are train.py's, so runs compare; networks
+and losses are in experiments/algorithms.py. A policy here sees one observation, or four frames, and
+no target return. A run that is stopped keeps its policy but cannot be resumed.
 """
 
 import math
 import time
-from dataclasses import asdict, dataclass
+from collections import defaultdict
+from dataclasses import dataclass, replace
+from types import SimpleNamespace
+from typing import Literal
 
 import torch
 import torch.nn as nn
+import tyro
 from tqdm import tqdm
 
-from checkpoint import check_finite, check_settings, read_checkpoint, save_checkpoint
-from data import find_dataset, load_trajectories
+import train
+from data import find_dataset, load_trajectories, sample_windows
 from evaluate import print_table, rollout
-from files import check_writable
-from plumbing import (
-    StopSignals,
-    UserError,
-    check_numbers,
-    choose,
-    choose_device,
-    n_processes,
-    parse_flags,
-    printable,
-    run_command,
-)
-from run_folder import append_to_log, begin_run, end_run, record_evaluation
-from settings import check_most, choose_task, limit_episodes
-from spaces import action_size, is_choice, is_picture, observation_shape
-from tasks import find_environment, trust
-from trackers import check_trackers
-from windows import STACK
+from tasks import find_environment, find_task, pack, task_of_dataset, unpack
+from train import begin_run, end_run, fill, open_log, read_checkpoint, save_checkpoint
+from utils import StopSignals, UserError, choose_device, reading, run_command
 
-try:
-    from tensordict import TensorDict
-
-    from experiments.algorithms import CHOICES, NUMBERS, SHORT_NUMBERS, SPAN, make_learner
-except ModuleNotFoundError as error:
-    if error.name not in ("tensordict", "torchrl"):
-        raise
-    CHOICES = NUMBERS = None
-
-FORMAT = "lamo-baseline-1"  # what ckpt["format"] says
+FORMAT = "lamo-baseline-2"  # what ckpt["format"] says
 PAPER = dict(steps=1_000_000, eval_every=25_000, episodes=20, episode_limit=0)  # CORL's steps
 SHORT = dict(steps=5000, eval_every=250, episodes=10, episode_limit=2000)  # without CUDA
-MAY_BE_ZERO = ("seed", "alpha", "beta", "return_span", "discount", "episode_limit")
-ALGORITHM_FLAGS = {"layers", "lr", "actor_lr", "batch", "discount", "tau", "target_every", "alpha"}
-ALGORITHM_FLAGS |= {"beta", "expectile", "return_span", "clip_rewards"}
-KINDS = {"algo": str, "env": str, "mode": str, "dtype": str, "targets": list}  # of settings that
-KINDS |= {"context": int, "scale": (int, float), "episodes": int, "episode_limit": int}  # act
-MOST_LAYERS = 64
-SCALED = ("hopper", "halfcheetah", "walker2d")  # tasks whose rewards return_span scales
+
+# Hyperparameters for numbers are CORL's (github.com/tinkoff-ai/CORL: configs/offline/*/hopper/
+# medium_v2.yaml, defaults of algorithms/offline/*.py; it has no kitchen, which takes the same), for
+# choices d3rlpy's (github.com/takuseno/d3rlpy: reproductions/offline; BC's of DiscreteBCConfig).
+NUMBERS = {
+    "bc": dict(lr=3e-4, batch=256, layers=2),
+    "td3bc": dict(lr=3e-4, batch=256, layers=2, discount=0.99, tau=0.005, alpha=2.5),
+    "iql": dict(lr=3e-4, batch=256, layers=2, discount=0.99, tau=0.001, beta=3.0, expectile=0.7),
+    "cql": dict(lr=3e-4, batch=256, layers=3, discount=0.99, tau=0.005, alpha=10.0, actor_lr=3e-5),
+}
+SHORT_NUMBERS = {  # ours, for the short preset's 5000 steps
+    "td3bc": dict(tau=0.1),  # else values get a tenth of the way to what the data earn
+    "cql": dict(tau=0.1, actor_lr=3e-4, batch=64),
+    # IQL keeps CORL's: on 1 % of hopper better values make its policy worse (see the README)
+}
+CHOICES = {
+    "bc": dict(lr=1e-3, batch=100, layers=2, beta=0.5),
+    "cql": dict(lr=5e-5, batch=32, layers=2, discount=0.99, target_every=2000, alpha=4.0),
+    "bcq": dict(lr=5e-5, batch=32, layers=2, discount=0.99, target_every=2000, beta=0.01),
+    "nfq": dict(lr=5e-5, batch=32, layers=2, discount=0.99),
+}
+SCALED = ("hopper", "halfcheetah", "walker2d")  # where CORL's IQL and CQL scale returns to 1000
 
 
 @dataclass
 class Config:
-    # what to train; "auto" comes from the algorithm, a preset or the task, and is printed
-    algo: str = None  # bc, td3bc, iql, cql; for choices bc, cql, bcq, nfq
-    env: str = "auto"  # task: a row of tasks.py, or an Atari game; auto: the dataset's, or hopper
+    # What to train. None stands for what the algorithm, the preset or the task say.
+    algo: Literal["bc", "td3bc", "iql", "cql", "bcq", "nfq"] | None = None  # see above
+    env: str | None = None  # task: a row of tasks.py, or an Atari game; None: the data's, or hopper
     ratio: float = 1.0  # share of the dataset's trajectories, in (0, 1]
-    mode: str = "normal"  # normal, or delayed: all reward at an episode's last step
+    mode: Literal["normal", "delayed"] = "normal"  # delayed: all reward at an episode's last step
     seed: int = 0  # of the data subset, the weights and batches
-    dataset: str = "auto"  # Minari id or folder; auto: the task's, see data.find_dataset
-    quality: str = "medium"  # of the task's dataset, where it has several: simple, medium or expert
-    env_module: str = ""  # a module of yours that the dataset's environment is in: it is imported
-    evaluate: str = ""  # do not train: let this checkpoint act
-    # the algorithm; auto: the rows of experiments/algorithms.py
-    layers: int = "auto"  # hidden layers of 256 units
-    lr: float = "auto"  # Adam's learning rate
-    actor_lr: float = "auto"  # of CQL's policy
-    batch: int = "auto"  # transitions a step
-    discount: float = "auto"  # gamma
-    tau: float = "auto"  # share of new weights in the target networks, each step (numbers)
-    target_every: int = "auto"  # steps between copies into the target network (choices)
-    alpha: float = "auto"  # TD3+BC's weight of Q; CQL's of the conservative term
-    beta: float = "auto"  # IQL's inverse temperature; of BC's and BCQ's squared logits
-    expectile: float = "auto"  # IQL's
-    return_span: float = "auto"  # rewards are scaled until returns span this; 0: as they are
-    clip_rewards: bool = "auto"  # rewards are cut to [-1, 1]; auto: Atari's, unless delayed
-    # the run
-    steps: int = "auto"  # optimiser steps
-    eval_every: int = "auto"  # steps between evaluations
-    episodes: int = "auto"  # episodes an evaluation
-    episode_limit: int = "auto"  # steps after which an episode is cut; 0: where it ends by itself
-    device: str = "auto"  # cuda or cpu; auto: cuda if there is one
+    dataset: str | None = None  # Minari id or folder; None: the task's, see data.find_dataset
+    quality: Literal["simple", "medium", "expert"] = "medium"  # of the task's dataset
+    evaluate: str | None = None  # do not train: let this checkpoint act
+    # The algorithm's hyperparameters. None: those of its row above, if it has them.
+    layers: int | None = None  # hidden layers of 256 units
+    lr: float | None = None  # Adam's learning rate
+    actor_lr: float | None = None  # of CQL's policy
+    batch: int | None = None  # transitions a step
+    discount: float | None = None  # gamma
+    tau: float | None = None  # share of new weights in the target networks, each step (numbers)
+    target_every: int | None = None  # steps between copies into the target network (choices)
+    alpha: float | None = None  # TD3+BC's weight of Q; CQL's of the conservative term
+    beta: float | None = None  # IQL's inverse temperature; of BC's and BCQ's squared logits
+    expectile: float | None = None  # IQL's
+    return_span: float | None = None  # rewards are scaled until returns span this; 0: as they are
+    clip_rewards: bool | None = None  # cut rewards to [-1, 1]; None: Atari's, unless delayed
+    # The run.
+    steps: int | None = None  # optimiser steps
+    eval_every: int | None = None  # steps between evaluations
+    episodes: int | None = None  # of each evaluation
+    episode_limit: int | None = None  # steps after which an episode is cut; 0: where it ends itself
+    device: str | None = None  # cuda or cpu; None: cuda if there is one
     log_every: int = 100  # steps averaged into a row of the log
     out: str = "runs"  # a folder for this run is made in here
-    name: str = "auto"  # of that folder; auto: task, algorithm, ratio, seed and time
-    tensorboard: bool = False  # write the log's rows for TensorBoard, too; see trackers.py
-    wandb: bool = False  # send them to Weights & Biases
+    name: str | None = None  # of that folder; None: task, algorithm, ratio, seed and time
+    tensorboard: bool = False  # write the log for TensorBoard, too
+    wandb: bool = False  # send the log to Weights & Biases, too
 
 
-# --- data ----------------------------------------------------------------------------------------
-
-
-def rewards_of(data, settings):
-    """The rewards an algorithm learns from: (N,), scaled or clipped as the settings say."""
-    rewards = data.reward
-    if settings.get("return_span"):  # BC's settings have neither
-        span = float(data.returns.max() - data.returns.min())
-        if span == 0:
-            raise UserError("all returns are equal, so none can span anything: --return-span 0")
-        rewards = rewards * (settings["return_span"] / span)
-    return rewards.clamp(-1, 1) if settings.get("clip_rewards") else rewards
-
-
-def sample_transitions(data, rewards, batch, generator):
-    """A batch of transitions, uniform over all: a TensorDict as TorchRL's losses read it.
-
-    rewards (N,): what rewards_of returns; generator: a torch.Generator on the data's device.
-    observation (B, O), or STACK frames (B, 4, 84, 84); action (B, A) or (B,); next: observation,
-    reward (B, 1), terminated (B, 1) and done (B, 1), the same: what follows a cut has a value.
+def make_transitions(data, c):
+    """The Trajectories that sample_transitions draws from: in place of returns-to-go, rtg (N, 3)
+    holds the reward, scaled or clipped as c says, whether the episode terminated, and its number.
     """
-    device = data.obs.device
-    index = torch.randint(len(data), (batch,), generator=generator, device=device)
-    last = index + 1 == data.end[index]  # (B,)
-    ends = torch.as_tensor(data.lengths, device=device).cumsum(0)  # (E,)
-    episode = torch.bucketize(index, ends, right=True)  # (B,)
-    if data.obs.dim() == 2:
-        obs = data.obs[index]
-        following = data.obs[(index + 1).clamp(max=len(data) - 1)]
-        following[last] = data.last_obs[episode[last]]
-    else:
-        stack = index[:, None] - torch.arange(STACK - 1, -1, -1, device=device)  # (B, 4)
-        first = (index - data.timestep[index])[:, None]  # (B, 1), where the episode begins
-        obs = data.obs[stack.clamp(min=first)]
-        obs[stack < first] = 0  # before the episode it was dark
-        newest = data.obs[(index + 1).clamp(max=len(data) - 1)]
-        newest[last] = data.last_obs[episode[last]]
-        following = torch.cat([obs[:, 1:], newest[:, None]], dim=1)
-    terminated = data.terminated[index][:, None]
-    after = {"observation": following, "reward": rewards[index][:, None]}
-    after |= {"terminated": terminated, "done": terminated}
-    return TensorDict({"observation": obs, "action": data.act[index], "next": after}, [batch])
+    span = float(data.returns.max() - data.returns.min())
+    rewards = data.reward * (c.return_span / span) if c.return_span else data.reward
+    rewards = rewards.clamp(-1, 1) if c.clip_rewards else rewards
+    episode = torch.searchsorted(data.end.unique(), data.end)
+    return replace(data, rtg=torch.stack([rewards, data.terminated, episode], dim=1))
 
 
-# --- acting --------------------------------------------------------------------------------------
+def sample_transitions(data, batch, generator):
+    """A batch of transitions, uniform over all: a dictionary as TorchRL's losses read it.
+
+    data: what make_transitions returns; generator: a torch.Generator on the data's device.
+    observation (B, O), or STACK frames (B, 4, 84, 84); action (B, A) or (B,); next: observation,
+    reward (B, 1), terminated (B, 1), and done, the same, so that what follows a cut has a value.
+    """
+    told, obs, act, _, valid = sample_windows(data, batch, 2, generator)
+    reward, terminated, episode = told[:, 0].split(1, dim=1)  # (B, 1) each
+    last = ~valid[:, 1]  # (B,), of its episode: the observation that follows is kept apart
+    obs[last, -1] = data.last_obs[episode[last, 0].long()]
+    obs, following = obs[:, :-1], obs[:, 1:]  # (B, 1, O) or (B, 4, 84, 84)
+    if obs.dim() == 3:
+        obs, following = obs[:, 0], following[:, 0]
+    after = {"observation": following, "reward": reward, "terminated": terminated.bool()}
+    return {"observation": obs, "action": act[:, 0], "next": after | {"done": terminated.bool()}}
 
 
 class Actor(nn.Module):
-    """A policy as evaluate.rollout calls one: it sees the last observation and nothing else."""
+    """A policy as evaluate.rollout calls one. Its only token is the last observation."""
 
     def __init__(self, policy):
         super().__init__()
         self.policy = policy
 
     def observe(self, rtg, obs, timestep):
-        """One token, the observation itself: (n, 1, O) or (n, 4, 84, 84) -> (n, 1, 1, ..)."""
+        """(n, 1, O) or (n, 4, 84, 84) -> (n, 1, 1, O) or (n, 1, 1, 4, 84, 84)."""
         return obs[:, :, None] if obs.dim() == 3 else obs[:, None, None]
 
     def remember(self, act, timestep):
-        """No token: (n, 1, 0)."""
+        """Nothing: (n, 1, 0)."""
         return torch.empty(len(act), 1, 0, device=act.device)
 
     def act(self, tokens):
@@ -165,209 +141,123 @@ class Actor(nn.Module):
         return self.policy(tokens[:, -1])
 
 
-# --- settings ------------------------------------------------------------------------------------
-
-
-def resolve(typed):
-    """Fill in what does not wait for the data. Returns (settings, task, notes), as train.py's."""
-    settings = asdict(Config()) | typed
-    algos = list(NUMBERS | CHOICES)
-    if settings["algo"] is None:
-        raise UserError(f"--algo is missing; give one of {', '.join(algos)}")
-    choose("algo", settings["algo"], algos)
-    if n_processes() > 1:
-        raise UserError("baselines train in one process; start them without torchrun")
-    check_numbers(typed, MAY_BE_ZERO)
-    task = choose_task(settings, typed)
-    device = choose_device(settings["device"])
-    settings["device"] = str(device)
-    short = device.type == "cpu"
-    settings |= {k: v for k, v in (SHORT if short else PAPER).items() if k not in typed}
-    choose("mode", settings["mode"], ["normal", "delayed"])
-    if not 0 < settings["ratio"] <= 1:
-        raise UserError(f"--ratio is {settings['ratio']:g}, but must be above 0 and at most 1")
-    check_writable(settings["out"], "--out")
-    # what rollout and the run's folder ask for: a policy that sees one step, and no target
-    settings |= {"method": settings["algo"], "context": 1, "scale": 1.0, "dtype": "fp32"}
-    settings |= {"targets": [None]}
-    check_most(settings)
-    del settings["evaluate"]
-    return settings, task, {"preset": "short (no CUDA)" if short else "CORL's steps"}
-
-
-def complete_algorithm(settings, typed, notes, environment):
-    """Fill in, in place, the algorithm's row, now that it is known what actions are.
-
-    Raises UserError for an algorithm that is not for such actions, for flags it does not read, and
-    for impossible numbers.
-    """
-    discrete = is_choice(environment.action_space)
-    rows, kind = (CHOICES, "choices") if discrete else (NUMBERS, "numbers")
-    if settings["algo"] not in rows:
-        fitting = ", ".join(rows)
-        raise UserError(f"{settings['algo']} is not for actions that are {kind}; use {fitting}")
-    row, preset = dict(rows[settings["algo"]]), {}
-    if not discrete and settings["device"] == "cpu":
-        preset = SHORT_NUMBERS.get(settings["algo"], {})
-        preset = {name: value for name, value in preset.items() if name not in typed}
-    if preset:
-        changed = ", ".join(f"{name} {value:g}" for name, value in preset.items())
-        notes["preset"] += f", with {changed} instead of CORL's"
-    if settings["algo"] != "bc":
-        row["return_span"] = SPAN.get(settings["algo"], 0.0) if settings["env"] in SCALED else 0.0
-        if discrete:
-            row["return_span"] = 0.0
+def choose_hyperparameters(c, notes, environment):
+    """Fill in, in place, the algorithm's row. Raises UserError if it is not for the environment's
+    kind of actions, and for flags that it does not read."""
+    shape, _, choices = environment.sizes()
+    rows, kind = (CHOICES, "choices") if choices else (NUMBERS, "numbers")
+    if c.algo not in rows:
+        valid = ", ".join(rows)
+        raise UserError(f"--algo {c.algo} is not for actions that are {kind}; use {valid}")
+    row = dict(rows[c.algo])
+    if c.algo != "bc":
+        row["return_span"] = 1000.0 if c.algo in ("iql", "cql") and c.env in SCALED else 0.0
         atari = environment.spec.id.startswith("ALE/")
-        row["clip_rewards"] = atari and settings["mode"] == "normal"  # else a return becomes 1
-    if is_picture(environment.observation_space):
+        row["clip_rewards"] = atari and c.mode == "normal"  # a delayed return would become 1
+    if len(shape) == 3:  # frames
         del row["layers"]  # the convolutions are what they are
-    for name in ALGORITHM_FLAGS - row.keys():
-        del settings[name]
-        if name in typed:
-            flag = "--" + name.replace("_", "-")
-            raise UserError(f"{settings['algo']} has no use for {flag} on these {kind}")
-    settings |= {name: value for name, value in (row | preset).items() if name not in typed}
-    for name in ("discount", "tau", "expectile"):
-        if settings.get(name, 0) > 1:
-            raise UserError(f"--{name} is {settings[name]:g}, but must be at most 1")
+    every = set().union(*NUMBERS.values(), *CHOICES.values(), {"return_span", "clip_rewards"})
+    for name in sorted(every - row.keys()):
+        if getattr(c, name) is not None:
+            raise UserError(f"{c.algo} for {kind} does not use --{name.replace('_', '-')}")
+    if c.device == "cpu" and not choices and c.algo in SHORT_NUMBERS:
+        ours = {n: x for n, x in SHORT_NUMBERS[c.algo].items() if getattr(c, n) is None}
+        notes["preset"] += "".join(f", {name} {x:g} instead of CORL's" for name, x in ours.items())
+        row |= ours
+    fill(c, row)
 
 
-# --- the commands --------------------------------------------------------------------------------
-
-
-def train(typed):
-    """Train an algorithm and write a run's folder."""
-    settings, task, notes = resolve(typed)
-    check_trackers(settings)
-    device = torch.device(settings["device"])
-    source, share, notes["dataset"] = find_dataset(
-        settings["env"], task, settings["ratio"], settings["dataset"], settings["quality"]
-    )
-    environment, notes["environment"] = find_environment(task, source)
-    complete_algorithm(settings, typed, notes, environment)
-    data = load_trajectories(
-        source,
-        environment.action_space,
-        scale=settings["scale"],
-        ratio=settings["ratio"] / share,
-        mode=settings["mode"],
-        seed=settings["seed"],
-        device=device,
-        rewards=task.rewards,
-    )
-    limit_episodes(settings, notes, data, environment)
-    rewards = rewards_of(data, settings)
-    torch.manual_seed(settings["seed"])
-    learner = learn_from(environment, settings)
-    learner.trained.to(device)
-    actor = Actor(learner.policy).to(device)
-    folder, trackers = begin_run(settings, environment, notes, data, learner.trained, None, world=1)
-
-    def save(*names):
-        state = {n: t.detach().cpu().clone() for n, t in actor.state_dict().items()}
-        check_finite(state, step)
-        run = settings, notes, {}, environment, data
-        for name in names:
-            save_checkpoint(folder / name, step, state, *run, format=FORMAT)
-
-    generator = torch.Generator(data.obs.device).manual_seed(settings["seed"])
-    stats, evaluations = (data.obs_mean, data.obs_std), []
-    totals = {}  # of each loss since the last row of the log: its sum and its count
-    started, evaluating = time.time(), 0.0
-    bar = tqdm(total=settings["steps"], desc="training", mininterval=1)
-    stop = StopSignals()
-    for step in range(1, settings["steps"] + 1):
-        batch = sample_transitions(data, rewards, settings["batch"], generator).to(device)
-        for name, loss in learner.update(batch).items():
-            total, count = totals.get(name, (0.0, 0))
-            totals[name] = total + loss.detach(), count + 1
-        bar.update()
-        last = step == settings["steps"]
-        if step % settings["log_every"] == 0 or last:
-            means = {name: (total / count).item() for name, (total, count) in totals.items()}
-            totals = {}
-            if not all(math.isfinite(mean) for mean in means.values()):
-                raise UserError(f"a loss is not finite any more by step {step}; lower --lr")
-            seconds = time.time() - started - evaluating
-            append_to_log(folder, row := {"step": step, **means, "seconds": seconds})
-            trackers.add(row)
-        if step % settings["eval_every"] == 0 or last:
-            since = time.time()
-            results = rollout(
-                *(actor, environment, settings, stats, [None], settings["episodes"]),
-                progress=True,
-                stop=None if last else stop,  # a baseline cannot go on to make up for the last one
-            )
-            evaluating += time.time() - since
-            if results is None:
-                break
-            best, score = record_evaluation(folder, trackers, evaluations, step, results)
-            bar.set_postfix(score=f"{score:.1f}")
-            save("ckpt.pt", *(["best.pt"] if best else []))
-        if stop.number:
-            break
-    stop.restore()
-    bar.close()
-    if step < settings["steps"]:
-        save("ckpt.pt")
-        print(f"stopped after step {step}, whose policy is {folder / 'ckpt.pt'}; a baseline's run")
-        print("cannot go on: begin it anew")
-        trackers.close()
-        raise SystemExit(128 + stop.number)
-    seconds = time.time() - started
-    command = "python -m experiments.baselines --evaluate"
-    end_run(folder, settings, environment, notes, data, evaluations, seconds, evaluating, command)
-    trackers.close()
-
-
-def learn_from(environment, settings):
-    """The Learner for an environment's observations and actions."""
-    obs_shape = observation_shape(environment.observation_space)
-    n_act, discrete = action_size(environment.action_space), is_choice(environment.action_space)
-    return make_learner(obs_shape, n_act, discrete, settings)
-
-
-def evaluate(typed):
+def evaluate(c):
     """Let a checkpoint act, and print how it went."""
-    for name in typed.keys() - {"evaluate", "episodes", "episode_limit", "env_module", "device"}:
-        raise UserError(f"--{name.replace('_', '-')} is for training, not for --evaluate")
-    check_numbers(typed, may_be_zero=("episode_limit",))
-    path = typed["evaluate"]
-    checkpoint = read_checkpoint(path, FORMAT)
-    check_settings(path, checkpoint, KINDS, {"context": [1], "scale": [1], "dtype": ["fp32"]})
-    for name, tensor in checkpoint["model"].items():
-        if not tensor.isfinite().all():
-            raise UserError(f"{path}: {name} holds what is no finite number; it is damaged")
-    settings = checkpoint["settings"] | typed
-    environment = checkpoint["environment"]
-    device = choose_device(typed.get("device", "auto"))
-    layers = settings.get("layers", 1)
-    if type(layers) is not int or not 0 < layers <= MOST_LAYERS:
-        raise UserError(f"{path} has the setting layers {layers}: damaged")
-    try:
-        actor = Actor(learn_from(environment, settings).policy)
+    given = {name: getattr(c, name) for name in ("episodes", "episode_limit", "device")}
+    if c != Config(evaluate=c.evaluate, **given):
+        raise UserError("--evaluate takes --episodes, --episode-limit and --device only")
+    from experiments.algorithms import make_learner
+
+    checkpoint = read_checkpoint(c.evaluate, FORMAT)
+    device = choose_device(c.device)
+    with reading(c.evaluate, "a checkpoint of experiments.baselines"):
+        typed = {name: x for name, x in given.items() if x is not None}
+        c = SimpleNamespace(**checkpoint["settings"] | typed)
+        environment = unpack(checkpoint["environment"])
+        actor = Actor(make_learner(*environment.sizes(), c).policy)
         actor.load_state_dict(checkpoint["model"])
-    except (RuntimeError, KeyError, TypeError, ValueError, AttributeError) as error:
-        raise UserError(f"{path} does not fit its own settings; it is damaged") from error
     stats = checkpoint["obs_mean"].to(device), checkpoint["obs_std"].to(device)
-    results = rollout(
-        *(actor.to(device), environment, settings, stats, [None], settings["episodes"]),
-        progress=True,
-    )
-    print(f"{printable(settings['env'])}, {settings['algo']}, step {checkpoint['step']}")
-    print(f"trained on {printable(checkpoint['chosen'].get('dataset'))}")
+    results = rollout(actor.to(device), environment, c, stats, [None], c.episodes, progress=True)
+    dataset = checkpoint["notes"]["dataset"]
+    print(f"{c.env}, {c.algo}, step {checkpoint['step']}, trained on {dataset}")
     print_table(results)
 
 
 def main():
-    typed = parse_flags(Config, "python -m experiments.baselines", __doc__)
-    if NUMBERS is None:
-        raise UserError("baselines need TorchRL: pip install -r requirements-experiments.txt")
-    trust(typed.get("env_module"))
-    if "evaluate" in typed:
-        evaluate(typed)
-    else:
-        train(typed)
+    c, notes = tyro.cli(Config, description=__doc__), {}
+    if c.evaluate:
+        return evaluate(c)
+    from tensordict import TensorDict  # here, so that sweep.py reads this file without TorchRL
+
+    from experiments.algorithms import make_learner
+
+    env, task = task_of_dataset(c.dataset) if c.dataset else (None, None)
+    if task is None or c.env not in (None, env):  # --env says more than the dataset's name
+        env, task = find_task(c.env or "hopper")
+    device = choose_device(c.device)
+    fill(c, SHORT if device.type == "cpu" else PAPER)
+    notes["preset"] = "short (no CUDA)" if device.type == "cpu" else "CORL's steps"
+    # What is no flag is read by rollouts and begin_run: one step is seen, unscaled, with no target.
+    vars(c).update(env=env, device=str(device), method=c.algo)
+    vars(c).update(context=1, scale=1, dtype="fp32", targets=[None])
+    if not 0 < c.ratio <= 1:
+        raise UserError(f"--ratio is {c.ratio:g}, but must be above 0 and at most 1")
+    dataset, share, notes["dataset"] = find_dataset(c.env, task, c.ratio, c.dataset, c.quality)
+    environment, notes["environment"] = find_environment(task, dataset)
+    choose_hyperparameters(c, notes, environment)
+    subset = {"ratio": c.ratio / share, "mode": c.mode, "seed": c.seed, "rewards": task.rewards}
+    data = load_trajectories(dataset, environment.action_space, c.scale, device=device, **subset)
+    transitions = make_transitions(data, c)
+    if not (environment.spec.max_episode_steps or environment.spec.id.startswith("ALE/")):
+        c.episode_limit = c.episode_limit or 10 * int(data.lengths.max())  # nothing else ends one
+    torch.manual_seed(c.seed)
+    learner = make_learner(*environment.sizes(), c)
+    learner.trained.to(device)
+    actor = Actor(learner.policy).to(device)
+    generator = torch.Generator(data.obs.device).manual_seed(c.seed)
+
+    size = {"episodes": len(data.lengths), "transitions": len(data), "sha256": data.digest()}
+    size |= {"return_mean": float(data.returns.mean()), "return_std": float(data.returns.std())}
+    size["score"] = float(environment.score(size["return_mean"]))
+    run = {"format": FORMAT, "settings": dict(vars(c)), "notes": notes, "base": None, "data": size}
+    run |= {"environment": pack(environment), "evaluations": [], "log_bytes": 0}
+    run |= {"obs_mean": data.obs_mean.cpu(), "obs_std": data.obs_std.cpu()}
+    run |= {"step": 0, "seconds": 0.0, "evaluating": 0.0}
+    folder = begin_run(c, run, learner.trained)
+    log, stop, started = open_log(c, folder, run), StopSignals(), time.time()
+    sums = defaultdict(list)  # each loss of the steps since the last row of the log
+    bar = tqdm(range(1, c.steps + 1), "training", mininterval=1)
+    for step in bar:
+        stop.at_once = False
+        batch = sample_transitions(transitions, c.batch, generator)
+        for name, loss in learner.update(TensorDict(batch, [c.batch]).to(device)).items():
+            sums[name].append(loss.detach())
+        if step % c.log_every == 0 or step == c.steps:
+            means = {name: (sum(losses) / len(losses)).item() for name, losses in sums.items()}
+            sums.clear()
+            if not math.isfinite(sum(means.values())):
+                raise UserError(f"a loss is not finite by step {step}; lower --lr")
+            log({"step": step, **means, "seconds": time.time() - started - run["evaluating"]})
+        due = step % c.eval_every == 0 or step == c.steps
+        if due or stop.number:
+            run |= {"step": step, "model": {n: x.cpu() for n, x in actor.state_dict().items()}}
+            run["seconds"] = time.time() - started
+            save_checkpoint(folder / "ckpt.pt", run)
+        if stop.number:
+            print(f"stopped after step {step}; a baseline cannot be resumed, its policy is kept")
+            raise SystemExit(128 + stop.number)
+        stop.at_once = due  # the policy is saved: an evaluation need not be waited for
+        if due:
+            bar.set_postfix(score=train.evaluate(c, run, folder, actor, environment, log))
+    run["seconds"] = time.time() - started
+    end_run(folder, run, environment)
+    print(f"next: python -m experiments.baselines --evaluate {folder / 'ckpt.pt'}")
 
 
 if __name__ == "__main__":

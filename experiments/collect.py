@@ -19,20 +19,24 @@ same behaviour without training. With one seed, a shorter recording is the begin
 
 import copy
 import json
+import os
+import tempfile
+import warnings
 from dataclasses import dataclass
 from importlib.metadata import version
+from pathlib import Path
 
 import gymnasium as gym
+import h5py
 import numpy as np
 import torch
+import tyro
 from tqdm import tqdm
 
 from data import BUNDLED
-from experiments.import_data import D4RL_QUALITIES, import_d4rl, import_dqn_replay
-from experiments.write_dataset import check_free, dataset_folder, write_dataset
-from files import write_atomically
-from plumbing import Parser, UserError, choose, run_command
-from tasks import TASKS, find_task
+from experiments.import_data import import_d4rl, import_dqn_replay
+from tasks import find_task
+from utils import UserError, choose, run_command, write_atomically, write_json
 
 POLICIES = BUNDLED.parent / "policies"
 SURE_EPISODES = 100  # episodes of a second look, which decides
@@ -56,9 +60,8 @@ RECIPES = {
     "hopper": Recipe("SAC", 100 / 3, 50, least_spread=0.25),  # D4RL's medium: 0.27
     "halfcheetah": Recipe("SAC", 100 / 3, 50),  # never falls, so its returns hardly spread
     "walker2d": Recipe("SAC", 100 / 3, 50, least_spread=0.25),  # D4RL's medium: 0.38
-    "reacher2d": Recipe(
-        "PPO", 34, 38, look_every=10_000, look_episodes=100
-    ),  # the paper's: about 36
+    # the paper's mean return is about 36
+    "reacher2d": Recipe("PPO", 34, 38, look_every=10_000, look_episodes=100),
 }
 
 
@@ -121,15 +124,11 @@ def play(env, policy, episodes, seed):
 
 def train_policy(name, task, seed):
     """Train a policy until its recipe is content and write the actor to policy_path(name)."""
+    import stable_baselines3
     from safetensors.torch import save
+    from stable_baselines3.common.callbacks import BaseCallback
 
-    try:
-        import stable_baselines3
-        from stable_baselines3.common.callbacks import BaseCallback
-    except ImportError as error:
-        raise UserError("--train needs pip install -r requirements-experiments.txt") from error
-
-    recipe = RECIPES[name]
+    recipe = RECIPES[choose("recipe", name, RECIPES)]
     torch.set_num_threads(1)  # batches this small gain nothing from more
     env, look_env = gym.make(task.env_id), gym.make(task.env_id)
     own = {"learning_starts": recipe.learning_starts} if recipe.algorithm == "SAC" else {}
@@ -176,46 +175,114 @@ def train_policy(name, task, seed):
     print(f"wrote {policy_path(name)}: {about}")
 
 
-# --- recording -----------------------------------------------------------------------------------
+# --- datasets ------------------------------------------------------------------------------------
 
 
-def record(name, task, steps, seed, random, bundle):
-    """Record whole episodes, at least `steps` steps of them, as a Minari dataset.
+def compress(path):
+    """Rewrite an HDF5 file with its datasets gzipped; Minari reads it as before."""
+    small = path.with_suffix(".tmp")
+    with h5py.File(path) as source, h5py.File(small, "w") as target:
 
-    random: act uniformly at random instead of by the task's policy.
+        def copy_item(name, item):
+            if isinstance(item, h5py.Dataset):
+                squeezed = {"compression": "gzip", "shuffle": True} if item.shape else {}
+                new = target.create_dataset(name, data=item[()], dtype=item.dtype, **squeezed)
+            else:
+                new = target.require_group(name)
+            new.attrs.update(item.attrs)
+
+        source.visititems(copy_item)
+        target.attrs.update(source.attrs)
+    os.replace(small, path)
+
+
+def write_dataset(folder, dataset_id, episodes, env, space, task, about, **metadata):
+    """Write episodes as the Minari dataset `dataset_id` into `folder`, whole or not at all.
+
+    folder: it must not exist; episodes: an iterable of minari's EpisodeBuffer, taken one at a time;
+    env: the environment to evaluate in; space: of the data's observations; about: what about.json
+    says besides the statistics; metadata: algorithm_name, author and so on, for Minari. Minari
+    writes uncompressed first: 7 GB of disk for a million frames. Raises UserError.
     """
+    import minari
+
+    if folder.exists():
+        raise UserError(f"{folder} exists already; delete it first if you want to make it again")
+    returns, lengths = [], []
+
+    def counted():
+        for episode in episodes:
+            returns.append(float(np.sum(episode.rewards)))
+            lengths.append(len(episode.rewards))
+            yield episode
+        if not returns:
+            raise UserError(f"no whole episode for {dataset_id}")
+
+    module = env.spec.entry_point.partition(".")[0]
+    engine = {"ale_py": "ale-py", "gymnasium_robotics": "gymnasium-robotics"}.get(module, "mujoco")
+    versions = {p: version(p) for p in ("minari", "gymnasium", "numpy", engine)}
+    home = str(minari.storage.get_dataset_path(""))
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with (
+            tempfile.TemporaryDirectory(dir=folder.parent, prefix=".") as aside,
+            warnings.catch_warnings(action="ignore"),  # Minari misses an address to write to
+        ):
+            os.environ["MINARI_DATASETS_PATH"] = aside  # where Minari writes
+            minari.create_dataset_from_buffers(
+                dataset_id,
+                counted(),
+                env=env.spec,
+                eval_env=env.spec,
+                observation_space=space,
+                action_space=env.action_space,
+                ref_min_score=task.random,
+                ref_max_score=task.expert,
+                requirements=[f"{p}=={versions[p]}" for p in ("gymnasium", engine)],
+                jpeg_encoding=False,  # what is learnt from is what the environment shows
+                **metadata,
+            )
+            made = Path(aside) / dataset_id
+            compress(made / "data" / "main_data.hdf5")
+            mean, score = np.mean(returns), None
+            if task.expert is not None:
+                score = 100 * (mean - task.random) / (task.expert - task.random)
+            about |= {"episodes": len(lengths), "steps": sum(lengths), "return_mean": mean}
+            about |= {"return_std": np.std(returns), "return_min": min(returns)}
+            about |= {"return_max": max(returns), "length_mean": np.mean(lengths)}
+            about |= {"score": score, "versions": versions}
+            write_json(made / "about.json", about)
+            os.rename(made, folder)
+    except OSError as error:
+        raise UserError(f"cannot write {folder}: {error.strerror or error}") from error
+    finally:
+        os.environ["MINARI_DATASETS_PATH"] = home
+    print(f"wrote {folder}\n{json.dumps(about, indent=1)}")
+
+
+def record(name, task, steps, seed, random):
+    """Play whole episodes, at least `steps` steps of them: what write_dataset takes, episodes,
+    environment, space; random: act uniformly at random instead of by the task's policy."""
     from gymnasium.vector.utils import concatenate, create_empty_array
     from minari.data_collector import EpisodeBuffer
     from safetensors.numpy import load_file
 
-    if random:
-        dataset_id, algorithm = f"lamo/{name}/random-v0", "uniformly random actions"
-    elif policy_path(name).is_file():
-        dataset_id = task.bundled if bundle else task.recorded
-        policy = load_file(policy_path(name))
-        algorithm = f"{RECIPES[name].algorithm} (Stable-Baselines3), stopped at medium skill, "
-        algorithm += "actions sampled"
-    else:
+    env, rng = gym.make(task.env_id, **task.env_kwargs), np.random.default_rng(seed)
+    if not random and not policy_path(name).is_file():
         ways = "add --train, or --random" if name in RECIPES else "add --random"
         raise UserError(f"there is no policy {policy_path(name)}: {ways}")
-    folder = BUNDLED / dataset_id if bundle else dataset_folder(dataset_id)
-    check_free(folder)
-
-    env, rng = gym.make(task.env_id, **task.env_kwargs), np.random.default_rng(seed)
+    policy = None if random else load_file(policy_path(name))
     env.action_space.seed(seed)
-    act = (
-        (lambda obs: env.action_space.sample())
-        if random
-        else (lambda obs: sample_action(policy, obs, rng))
-    )
     space = env.observation_space
     if isinstance(space, gym.spaces.Box) and space.dtype == np.float64:
         low, high = space.low.astype(np.float32), space.high.astype(np.float32)
         space = gym.spaces.Box(low, high)  # what training reads: half the size
 
+    def act(obs):
+        return env.action_space.sample() if random else sample_action(policy, obs, rng)
+
     def episodes():
-        done = 0
-        with tqdm(total=steps, unit="step", unit_scale=True, desc=dataset_id) as bar:
+        with tqdm(total=steps, unit="step", unit_scale=True, desc=name) as bar:
             for i in range(steps):  # an episode has a step at least
                 observations, actions, rewards, terminated = play_episode(env, act, seed + i)
                 T = len(rewards)
@@ -230,78 +297,78 @@ def record(name, task, steps, seed, random, bundle):
                     terminations=ends & terminated,
                     truncations=ends & (not terminated),
                 )
-                bar.update(min(T, steps - bar.n))
-                done += T
-                if done >= steps:
+                bar.update(T)
+                if bar.n >= steps:
                     return
 
-    command = f"python -m experiments.collect --env {name} --steps {steps} --seed {seed}"
-    command += " --random" * random + " --bundle" * bundle
-    # a share counts only where there is a full set that this is a part of
-    about = {"command": command} | ({} if random else {"share": min(1.0, steps / task.full)})
-    about = write_dataset(
-        folder,
-        dataset_id,
-        episodes(),
-        env.spec,
-        (space, env.action_space),
-        (task.random, task.expert),
-        about,
-        algorithm_name=algorithm,
-        author={"the authors of this codebase"},
-        description=f"{env.spec.id}, recorded by experiments/collect.py.",
-    )
-    print(f"wrote {folder}\n{json.dumps(about, indent=1)}")
-    if random:
-        print(f"next: python train.py --env {name} --dataset {dataset_id}")
+    return episodes(), env, space
 
 
 # --- the command ---------------------------------------------------------------------------------
 
 
+@dataclass
+class Arguments:
+    env: str  # task: a row of tasks.TASKS, or an Atari game
+    steps: int | None = None  # record at least this many environment steps, whole episodes
+    train: bool = False  # train the policy first: hopper, halfcheetah, walker2d or reacher2d
+    random: bool = False  # record random actions, for any task
+    seed: int = 0  # of policy or recording
+    bundle: bool = False  # record into assets/minari
+    import_d4rl: str | None = None  # D4RL's v2 HDF5 file of a MuJoCo task
+    quality: str = "medium"  # of D4RL's file: random, medium, expert, medium-replay, medium-expert
+    import_dqn_replay: str | None = None  # folder of DQN-replay's gzipped arrays
+
+
 def main():
-    parser = Parser(prog="python -m experiments.collect", description=__doc__)
-    add = parser.add_argument
-    add("--env", required=True, help=f"task: {', '.join(TASKS)}, or an Atari game")
-    add("--train", action="store_true", help=f"train the policy: {', '.join(RECIPES)}")
-    add("--steps", type=int, help="record at least this many environment steps, whole episodes")
-    add("--random", action="store_true", help="record random actions, for any task")
-    add("--seed", type=int, default=0, help="of policy or recording (default 0)")
-    add("--bundle", action="store_true", help="record into assets/minari")
-    add("--import-d4rl", metavar="FILE", help="D4RL's v2 HDF5 file of a MuJoCo task")
-    add("--quality", help="what to call it (default medium): " + ", ".join(D4RL_QUALITIES))
-    add("--import-dqn-replay", metavar="DIR", help="folder of DQN-replay's gzipped arrays")
-    args = parser.parse_args()
+    import minari
+
+    args = tyro.cli(Arguments, description=__doc__)
     name, task = find_task(args.env)
-    importing = args.import_d4rl or args.import_dqn_replay
     recording = args.train or args.steps is not None
-    if args.train:
-        choose("recipe", name, RECIPES)
-    if args.train and args.random:
-        raise UserError("--train makes a policy and --random does without one; give one of them")
-    if importing and recording:
-        raise UserError("an import takes the whole file: --steps and --train do not go with it")
-    if bool(args.import_d4rl) + bool(args.import_dqn_replay) + recording != 1:
-        raise UserError(
-            "say what to do: --steps N and/or --train, --import-d4rl FILE or "
-            "--import-dqn-replay DIR"
-        )
-    if importing and (args.random or args.bundle or args.seed):
-        raise UserError("--random, --bundle and --seed are for recording, not for importing")
-    if args.quality and not args.import_d4rl:
-        raise UserError("--quality names what --import-d4rl makes; recording has one quality")
-    if args.import_d4rl:
-        import_d4rl(args.import_d4rl, name, task, args.quality or "medium")
-    if args.import_dqn_replay:
-        import_dqn_replay(args.import_dqn_replay, name, task)
-    if args.steps is not None and args.steps < 1:
-        raise UserError(f"--steps is {args.steps}, but must be at least 1")
-    if args.seed < 0:
-        raise UserError(f"--seed is {args.seed}, but must be 0 or more")
+    if recording + bool(args.import_d4rl) + bool(args.import_dqn_replay) != 1:
+        ways = "--steps N and/or --train, --import-d4rl FILE, or --import-dqn-replay DIR"
+        raise UserError(f"say what to do, one of: {ways}")
     if args.train:
         train_policy(name, task, args.seed)
-    if args.steps is not None:
-        record(name, task, args.steps, args.seed, args.random, args.bundle)
+        if args.steps is None:
+            return
+    about = {"command": "python -m experiments.collect "}
+    if args.import_d4rl:
+        dataset_id, origin = f"d4rl/{name}/{args.quality}-v2", "D4RL, v2"
+        what = f"--import-d4rl {Path(args.import_d4rl).name} --env {name} --quality {args.quality}"
+        made = import_d4rl(args.import_d4rl, name, task, args.quality, about)
+    elif args.import_dqn_replay:
+        dataset_id, origin = f"dqn-replay/{name}/logged-v0", "DQN replay"
+        what = f"--import-dqn-replay DIR --env {name}"
+        made = import_dqn_replay(args.import_dqn_replay, name, task, about)
+        print("rewards are clipped to [-1, 1], as logged, but evaluation counts the game's points,")
+        print("so give train.py the --targets in the data's units")
+    else:
+        dataset_id = task.bundled if args.bundle else task.recorded
+        dataset_id = f"lamo/{name}/random-v0" if args.random else dataset_id
+        made = record(name, task, args.steps, args.seed, args.random)
+        what = f"--env {name} --steps {args.steps} --seed {args.seed}"
+        what += " --random" * args.random + " --bundle" * args.bundle
+        if not args.random:  # a share counts where there is a full set that this is a part of
+            about["share"] = min(1.0, args.steps / task.full)
+    about["command"] += what
+    if recording:
+        algorithm = "uniformly random actions"
+        if not args.random:
+            algorithm = f"{RECIPES[name].algorithm} (Stable-Baselines3), stopped at medium skill, "
+            algorithm += "actions sampled"
+        metadata = {"algorithm_name": algorithm, "author": {"the authors of this codebase"}}
+        metadata["description"] = f"{made[1].spec.id}, recorded by experiments/collect.py."
+    else:
+        metadata = {"algorithm_name": origin, "author": {f"the authors of {origin}"}}
+        made_with = f"imported with Minari {version('minari')}"
+        metadata["description"] = f"{origin} data of {name}, {made_with}."
+    path = (
+        BUNDLED / dataset_id if args.bundle else Path(minari.storage.get_dataset_path(dataset_id))
+    )
+    write_dataset(path, dataset_id, *made, task, about, **metadata)
+    print(f"next: python train.py --env {name} --dataset {dataset_id}")
 
 
 if __name__ == "__main__":

@@ -4,13 +4,12 @@
     torchrun --nproc_per_node=8 -m experiments.pretrain --size gpt2 ...
     python -m experiments.pretrain --resume mini-lm.state.pt
 
-A plain loop: random blocks, AdamW, linear warm-up, cosine decay. The vocabulary is 257 bytes unless
-the size is one of GPT-2's, so the quality is told in bits per byte of the held-out text as well as
-in perplexity, for only the first compares across vocabularies. The result is an `--lm PATH` for
-train.py; beside it stand its log (.jsonl), a picture of that (.png), and, until the last step is
-done, what --resume goes on from (.state.pt).
+A plain loop: random blocks, AdamW, linear warm-up, cosine decay. Quality on the held-out text is
+given as perplexity and in bits per byte, which compares across vocabularies. The result is an
+`--lm PATH` for train.py. Beside it stand its log (.jsonl), a plot of that (.png), and, until the
+last step is done, what --resume goes on from (.state.pt).
 
-The paper asks what of pre-training helps control (its Figure 7): a model stopped early is fewer
+The paper asks what of pre-training helps control (its Figure 7): a model stopped early takes fewer
 `--steps`, and one of a random corpus learns with `--shuffle-words`, the same words in no order.
 """
 
@@ -18,85 +17,54 @@ import hashlib
 import json
 import math
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.distributed as dist
+import tyro
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from checkpoint import check_finite
-from files import (
-    check_memory,
-    check_writable,
-    clear_unfinished,
-    load_tensors,
-    save_tensors,
-    write_atomically,
-)
-from load_gpt2 import HUB, MINI_CONFIG, fingerprint, read_config, save_gpt2
+import train
+from data import get_encoding, sample_text, tokenise
+from load_gpt2 import LANGUAGE_MODELS, fingerprint, save_gpt2
 from model import GPT, GPTConfig, text_loss
-from plumbing import (
-    StopSignals,
-    UserError,
-    agree,
-    check_numbers,
-    check_package,
-    choose,
-    choose_device,
-    choose_dtype,
-    is_number,
-    join_processes,
-    leave_processes,
-    parse_flags,
-    run_command,
-)
-from resume import check_kinds, load_optimiser
-from text import check_text, get_encoding, sample_text, tokenise
+from utils import StopSignals, UserError, choose, choose_device, run_command, write_atomically
 
-SIZES = {"mini": MINI_CONFIG} | {name: config for name, (_, config) in HUB.items()}
 LR = {"mini": 1.5e-3, "distilgpt2": 6e-4, "gpt2": 6e-4, "gpt2-medium": 3e-4}  # peaks; those of
 LR |= {"gpt2-large": 2.5e-4, "gpt2-xl": 2e-4}  # GPT-2's sizes by Brown et al. 2020, table 2.1
-STOP_EVERY = 10  # steps after which several processes look whether to stop
-FORMAT = "lamo-pretraining-2"  # what a .state.pt says it is
-SAVED = {"settings": dict, "step": int, "model": dict, "optimiser": dict, "texts": dict}
-SAVED |= {"generator": torch.Tensor, "dropout": torch.Tensor, "summed": torch.Tensor}
-SAVED |= {"steps_summed": int, "log": list, "dropout_cuda": object}  # what is in it, and its kind
-SHAPE = ("n_layer", "n_head", "n_embd", "vocab_size")  # settings that are seen in the weights
-MOST_TEXTS = 1000  # files
-LARGEST = 1e15  # of the log's numbers
-ROW = {"step", "loss", "lr", "perplexity", "bits_per_byte"}  # of the log: numbers
+FORMAT = "lamo-pretraining-3"  # what a .state.pt says it is
 
 
 @dataclass
 class Config:
-    text: list[str] = None  # UTF-8 files to learn
-    heldout: list[str] = None  # UTF-8 files to judge by, never trained on
-    out: str = None  # where the weights go (.safetensors)
-    resume: str = ""  # go on from this .state.pt, with its settings: no other flag but --device
+    text: list[str] | None = None  # UTF-8 files to learn
+    heldout: list[str] | None = None  # UTF-8 files to judge by, never trained on
+    out: str | None = None  # where the weights go (.safetensors)
+    resume: str | None = None  # go on from this .state.pt, with its settings
     size: str = "mini"  # mini, gpt2, gpt2-medium, gpt2-large, gpt2-xl or distilgpt2
-    n_layer: int = "auto"  # blocks; this and the next four: the size's
-    n_head: int = "auto"  # attention heads
-    n_embd: int = "auto"  # width
-    vocab_size: int = "auto"  # 257 for bytes, 50257 for GPT-2's BPE
-    block_size: int = "auto"  # tokens of a block; GPT-2's is 1024
+    n_layer: int | None = None  # blocks; None here and in the next four: the size's
+    n_head: int | None = None  # attention heads
+    n_embd: int | None = None  # width
+    vocab_size: int | None = None  # 257 for bytes, 50257 for GPT-2's BPE
+    block_size: int | None = None  # tokens of a block; GPT-2's is 1024
     dropout: float = 0.0  # while pre-training
     shuffle_words: bool = False  # a random corpus: the words of each block in random order
     half: bool = False  # write the weights as bf16: half the file
     steps: int = 1800  # optimiser steps
     batch: int = 64  # blocks a step, over all processes
     micro_batch: int = 16  # blocks at a time: bounds memory, changes nothing else
-    lr: float = "auto"  # AdamW's peak learning rate; auto: the size's
+    lr: float | None = None  # AdamW's peak learning rate; None: the size's
     weight_decay: float = 0.1  # on matrices only
     warmup: int = 100  # steps of linear warm-up; then a cosine down to a tenth
     clip: float = 1.0  # the gradient's norm is clipped here
     eval_every: int = 300  # steps between looks at the held-out text, and savings
     log_every: int = 25  # steps between figures on the bar
     seed: int = 0  # of initialisation and sampling
-    device: str = "auto"  # cuda or cpu
+    device: str | None = None  # cuda or cpu; None: cuda if there is one
 
 
 def bits_per_byte(loss, n_tokens, n_bytes):
@@ -121,81 +89,19 @@ def shuffle_words(tokens, starts, generator):
     return tokens.gather(1, place.argsort(dim=1, stable=True))
 
 
-# --- before training -----------------------------------------------------------------------------
-
-
-def resolve(typed):
-    """Settings from what was typed, every one filled in. Raises UserError for what cannot be."""
-    settings = asdict(Config()) | typed
-    for name in ("text", "heldout", "out"):
-        if settings[name] is None:
-            raise UserError(f"--{name} is missing; see --help")
-    if not settings["out"].endswith(".safetensors"):
-        raise UserError(f"--out is {settings['out']}, but must end in .safetensors")
-    shape = asdict(SIZES[choose("size", settings["size"], SIZES)])
-    shape |= {"lr": LR[settings["size"]], "dropout": settings["dropout"]}
-    settings |= {k: v for k, v in shape.items() if k in settings and k not in typed}
-    check_numbers(settings, may_be_zero=("dropout", "seed", "weight_decay"))
-    check_writable(Path(settings["out"]).parent, "--out")
-    settings["out"] = str(Path(settings["out"]).absolute())  # --resume may be called elsewhere
-    for name in ("text", "heldout"):
-        settings[name] = [str(Path(path).absolute()) for path in settings[name]]
-    if len(settings["text"] + settings["heldout"]) > MOST_TEXTS:
-        raise UserError(f"--text and --heldout name more than {MOST_TEXTS} files; join some")
-    blocks = settings["batch"] * settings["block_size"]
-    check_memory(3 * 8 * blocks, f"--batch {settings['batch']}")  # as int64, and two copies
-    if settings["n_embd"] % settings["n_head"]:
-        wrong = f"--n-embd {settings['n_embd']} is not a multiple of"
-        raise UserError(f"{wrong} --n-head {settings['n_head']}")
-    return settings
-
-
-def read_state(path):
-    """What --resume goes on from: the dictionary that save_state wrote. Raises UserError."""
-    try:
-        state = load_tensors(path)
-    except FileNotFoundError as error:
-        raise UserError(f"there is no {path}; a run removes it when it is done") from error
-    except Exception as error:  # torch.load has many kinds
-        raise UserError(f"{path} is damaged, or not a .state.pt of pretrain's") from error
-    if not isinstance(state, dict) or state.get("format") != FORMAT or SAVED.keys() - state:
-        raise UserError(f"{path} is not a .state.pt of pretrain's ({FORMAT})")
-    rows = state["log"] if isinstance(state["log"], list) else [None]
-    sound = all(isinstance(state[name], kind) for name, kind in SAVED.items())
-    sound = sound and all(isinstance(row, dict) and row.keys() == ROW for row in rows)
-    if not sound or not all(is_number(x) and x < LARGEST for row in rows for x in row.values()):
-        raise UserError(f"{path} is damaged: what is in it is of other kinds")
-    settings = state["settings"]
-    if settings.keys() != asdict(Config()).keys():
-        raise UserError(f"{path} is another version's: its settings are not today's")
-    check_kinds(settings, Config, path)
-    # Beside the state, wherever it says: a stranger's would write where it likes.
-    settings["out"] = str(Path(path).absolute()).removesuffix(".state.pt") + ".safetensors"
-    state["settings"] = resolve(settings)
-    if not 0 <= state["step"] <= settings["steps"] or state["steps_summed"] < 0:
-        raise UserError(f"{path} is damaged: its step")
-    if not state["log"] and state["step"] >= min(settings["eval_every"], settings["steps"]):
-        raise UserError(f"{path} is damaged: its log")
-    summed = state["summed"]
-    if summed.shape or summed.dtype != torch.float32 or not summed.isfinite():
-        raise UserError(f"{path} is damaged: its losses")
-    tensors, said = state["model"], {name: settings[name] for name in SHAPE}
-    if not all(torch.is_tensor(tensor) for tensor in tensors.values()):
-        raise UserError(f"{path} is damaged: its weights")
-    found = read_config(Path(path), tensors, {"config": json.dumps(said)})  # before one is made
-    if found.block_size != settings["block_size"]:
-        raise UserError(f"{path} is damaged: its block_size")
-    return state
-
-
-def digest(tokens):
-    """SHA-256 of a text's tokens."""
-    return hashlib.sha256(np.ascontiguousarray(tokens).data).hexdigest()
-
-
-def beside(out, ending):
-    """The path of a file that belongs to the weights `out`."""
-    return Path(out.removesuffix(".safetensors") + ending)
+def complete(c):
+    """Fill in the shape and the learning rate, in place. Raises UserError for what cannot be."""
+    shape = LANGUAGE_MODELS[choose("size", c.size, LR)][1]
+    train.fill(c, vars(shape) | {"lr": LR[c.size]})
+    if not (c.text and c.heldout and c.out and c.out.endswith(".safetensors")):
+        raise UserError("--text, --heldout and --out FILE.safetensors are needed; see --help")
+    for name in ("steps", "batch", "micro_batch", "warmup", "eval_every", "log_every"):
+        if getattr(c, name) < 1:
+            raise UserError(f"--{name} is {getattr(c, name)}, but must be at least 1")
+    if c.n_embd % c.n_head:
+        raise UserError(f"--n-embd {c.n_embd} is not a multiple of --n-head {c.n_head}")
+    for name in ("text", "heldout"):  # --resume may be called elsewhere
+        setattr(c, name, [str(Path(path).absolute()) for path in getattr(c, name)])
 
 
 def plot(log, path):
@@ -205,194 +111,147 @@ def plot(log, path):
     figure = Figure(figsize=(5, 3.4), layout="constrained")
     axis = figure.subplots()
     steps = [row["step"] for row in log]
-    learnt = [math.exp(min(row["loss"], 100)) for row in log]
+    learnt, heldout = [math.exp(row["loss"]) for row in log], [row["perplexity"] for row in log]
     axis.plot(steps, learnt, "o-", color="#999999", markersize=3, label="text that is learnt")
-    heldout = [row["perplexity"] for row in log]
     axis.plot(steps, heldout, "o-", color="#0072B2", markersize=4, label="held-out text")
-    axis.set_yscale("log")
+    axis.set(xlabel="step", ylabel="perplexity per token", yscale="log")
     axis.yaxis.set_major_formatter("{x:g}")
     axis.yaxis.set_minor_formatter("{x:g}")
-    axis.set_xlabel("step")
-    axis.set_ylabel("perplexity per token")
     axis.set_title(f"{log[-1]['bits_per_byte']:.2f} bits per held-out byte at the end", fontsize=10)
     axis.grid(alpha=0.3)
     axis.legend(fontsize=9)
     write_atomically(path, partial(figure.savefig, format="png", dpi=150))
 
 
-# --- training ------------------------------------------------------------------------------------
-
-
 def main():
-    typed = parse_flags(Config, "python -m experiments.pretrain", __doc__)
-    rank, world, device = join_processes(choose_device(typed.pop("device", "auto")))
-    state = None
-    if "resume" in typed:
-        path = typed.pop("resume")
-        for name in typed:
-            raise UserError(f"--{name.replace('_', '-')} is as it was; --resume takes none but it")
-        state = read_state(path)
-    c = Config(**(state["settings"] if state else resolve(typed)))
-    check_package("matplotlib", "the picture")
+    c, saved = tyro.cli(Config, description=__doc__), None
+    rank, world, device = train.join_processes(choose_device(c.device))
+    if c.resume:
+        path = c.resume
+        if c != Config(resume=path, device=c.device):
+            raise UserError("--resume goes on with the run's settings; only --device may change")
+        saved = train.read_checkpoint(path, FORMAT)
+        c = Config(**saved["settings"])
+        c.out = path.removesuffix(".state.pt") + ".safetensors"  # the folder may have moved
+    complete(c)
     if c.batch % world:
         raise UserError(f"--batch {c.batch} cannot be shared by {world} processes")
-    torch.manual_seed(c.seed)
-    generator = torch.Generator().manual_seed(c.seed)
+    out, state_path = Path(c.out), Path(c.out).with_suffix(".state.pt")
     encoding = get_encoding(c.vocab_size)
     if rank > 0:
         dist.barrier()  # the first process tokenises, the others read what it wrote
-    size = sum(Path(path).stat().st_size for path in [*c.text, *c.heldout] if Path(path).is_file())
-    check_memory(3 * size, "the texts")  # two bytes a token, and one more copy
-    tokens = np.concatenate([tokenise(path, encoding) for path in c.text])
-    heldout = np.concatenate([tokenise(path, encoding) for path in c.heldout])
+    both = [np.concatenate([tokenise(p, encoding) for p in paths]) for paths in (c.text, c.heldout)]
     if rank == 0 and world > 1:
         dist.barrier()
-    heldout_bytes = sum(Path(path).stat().st_size for path in c.heldout)
+    tokens, heldout = both
+    if len(tokens) <= c.block_size:
+        raise UserError(f"--text is {len(tokens)} tokens, no more than --block-size {c.block_size}")
+    n_bytes = sum(Path(path).stat().st_size for path in c.heldout)
     starts = word_starts(encoding) if c.shuffle_words else None
-    check_text(tokens, c.block_size, ("--text", "--block-size"))
-    check_text(heldout, 1, ("--heldout", "--block-size"))
-    texts = {"learnt": digest(tokens), "heldout": digest(heldout)}
-    if state and state["texts"] != texts:
-        raise UserError(f"the texts are not those that {path} was begun with; begin anew")
+    texts = [hashlib.sha256(x.data).hexdigest() for x in both]
 
+    torch.manual_seed(c.seed)
     shape = GPTConfig(c.n_layer, c.n_head, c.n_embd, c.vocab_size, c.block_size, c.dropout)
     gpt = GPT(shape).to(device)
     matrices = [p for p in gpt.parameters() if p.dim() == 2]
     others = [p for p in gpt.parameters() if p.dim() != 2]
-    optimiser = torch.optim.AdamW(
-        [
-            {"params": matrices, "weight_decay": c.weight_decay},
-            {"params": others, "weight_decay": 0.0},
-        ],
-        lr=c.lr,
-        betas=(0.9, 0.95),
-    )
-    log, done = [], 0
+    groups = [{"params": matrices}, {"params": others, "weight_decay": 0.0}]
+    adamw = {"lr": c.lr, "betas": (0.9, 0.95), "weight_decay": c.weight_decay}
+    optimiser = torch.optim.AdamW(groups, **adamw)
+    rngs = [torch.Generator().manual_seed(c.seed), torch.default_generator]  # blocks, dropout
+    if device.type == "cuda":
+        rngs.append(torch.cuda.default_generators[device.index or 0])
+
+    log, step = [], 0
+    summed, steps_summed = torch.zeros((), device=device), 0  # the loss since the log's last row
+    if saved:
+        if saved["texts"] != texts:
+            raise UserError(f"the texts are not those that {path} was begun with")
+        gpt.load_state_dict(saved["model"])
+        optimiser.load_state_dict(saved["optimiser"])
+        for rng, state in zip(rngs, saved["rngs"], strict=False):  # the device may be another
+            rng.set_state(state)
+        log, step, steps_summed = saved["log"], saved["step"], saved["steps_summed"]
+        summed += saved["summed"].to(device)
     if rank == 0:
-        for ending in (".safetensors", ".jsonl", ".state.pt", ".png"):
-            clear_unfinished(beside(c.out, ending))
-    if state:  # nothing but the blocks and dropout is random
-        try:
-            gpt.load_state_dict(state["model"])
-            load_optimiser(optimiser, state["optimiser"])
-            generator.set_state(state["generator"])
-            summed, steps_summed = state["summed"].to(device), state["steps_summed"]
-            torch.set_rng_state(state["dropout"])
-            if device.type == "cuda" and state["dropout_cuda"] is not None:
-                torch.cuda.set_rng_state(state["dropout_cuda"], device)
-        except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
-            raise UserError(f"{path} does not fit its own settings; it is damaged") from error
-        log, done = state["log"], state["step"]
-    if rank > 0:
-        torch.manual_seed(c.seed + 1_000_003 * rank + done)  # other dropout in each process
-    if rank == 0:
-        parameters = sum(p.numel() for p in gpt.parameters())
-        print(
-            f"{parameters / 1e6:.2f} M parameters, {len(tokens) / 1e6:.1f} M tokens to learn from"
-        )
-        print(f"{device}, {world} processes, {len(heldout) / 1e6:.2f} M held-out tokens")
-        if state:
-            print(f"going on from step {done} of {c.steps}")
+        size = sum(p.numel() for p in gpt.parameters())
+        print(f"{size:,} parameters, {len(tokens):,} tokens, {device}, {world} process(es)")
+    else:
+        torch.manual_seed(c.seed + 1_000_003 * rank + step)  # other dropout in each process
+    autocast = torch.autocast(device.type, torch.bfloat16, train.choose_dtype(device) == "bf16")
     model = DistributedDataParallel(gpt) if world > 1 else gpt
-    autocast = torch.autocast(device.type, torch.bfloat16, choose_dtype(device) == "bf16")
     share = c.batch // world  # blocks of this process
-    if not state:
-        summed, steps_summed = torch.zeros((), device=device), 0
-    bar = tqdm(total=c.steps, initial=done, desc="pre-training", mininterval=1, disable=rank > 0)
-    stop = StopSignals()
-    step, stopping = done, 0
-    for step in range(done + 1, c.steps + 1):
+    stop, stopping = StopSignals(), 0
+    left = range(step + 1, c.steps + 1)
+    bar = tqdm(left, "pre-training", c.steps, initial=step, disable=rank > 0)
+    for step in bar:
         cosine = 0.55 + 0.45 * math.cos(math.pi * step / c.steps)
         for group in optimiser.param_groups:
             group["lr"] = c.lr * min(step / c.warmup, cosine)
-        x, y = sample_text(tokens, c.batch, c.block_size, generator)
+        x, y = sample_text(tokens, c.batch, c.block_size, rngs[0])
         if c.shuffle_words:
-            block = shuffle_words(torch.cat([x, y[:, -1:]], 1), starts, generator)
+            block = shuffle_words(torch.cat([x, y[:, -1:]], 1), starts, rngs[0])
             x, y = block[:, :-1], block[:, 1:]
         mine = slice(rank * share, (rank + 1) * share)  # all draw the same blocks, and take some
-        x, y = x[mine].to(device), y[mine].to(device)
-        for i in range(0, share, c.micro_batch):
-            part = slice(i, i + c.micro_batch)
-            last = i + c.micro_batch >= share  # only then are gradients averaged over processes
+        parts = [z[mine].to(device).split(c.micro_batch) for z in (x, y)]
+        for i, (x, y) in enumerate(zip(*parts, strict=True)):
+            last = i + 1 == len(parts[0])  # only then are gradients averaged over processes
             with nullcontext() if last or world == 1 else model.no_sync():
                 with autocast:
-                    loss = model(x[part], y[part])[1] * (len(x[part]) / share)
+                    loss = model(x, y) * (len(x) / share)
                 loss.backward()
             summed += loss.detach()
         steps_summed += 1
         torch.nn.utils.clip_grad_norm_(gpt.parameters(), c.clip)
         optimiser.step()
         optimiser.zero_grad(set_to_none=True)
-        bar.update()
         if rank == 0 and step % c.log_every == 0:
             bar.set_postfix(loss=f"{summed.item() / steps_summed:.3f}")
+
         looking = step % c.eval_every == 0 or step == c.steps
-        if looking and world > 1:
-            dist.all_reduce(summed)
-            summed /= world
+        if world == 1 or looking or step % 10 == 0:
+            stopping = max(train.gather(stop.number))  # all processes stop after the same step
+        if looking or stopping:
+            train.reduce(summed).div_(world)
         if rank == 0 and looking:
             with autocast:
                 loss = text_loss(gpt, heldout)
             mean = summed.item() / steps_summed
-            if not math.isfinite(loss + mean) or loss > 100:
-                raise UserError(f"the loss is {loss:.3g} by step {step}, beyond help; lower --lr")
-            row = {"step": step, "loss": mean, "lr": group["lr"]}
-            row["perplexity"] = math.exp(loss)
-            row["bits_per_byte"] = bits_per_byte(loss, len(heldout), heldout_bytes)
+            if not (loss < 100 and mean < 100):  # NaN is not either
+                raise UserError(f"the loss is {loss:.3g} by step {step}; lower --lr")
+            row = {"step": step, "loss": mean, "lr": group["lr"], "perplexity": math.exp(loss)}
+            row["bits_per_byte"] = bits_per_byte(loss, len(heldout), n_bytes)
             log.append(row)
-            quality = (
-                f"perplexity {row['perplexity']:.2f}, {row['bits_per_byte']:.3f} bits per byte"
-            )
+            quality = f"perplexity {math.exp(loss):.2f}, {row['bits_per_byte']:.3f} bits per byte"
             bar.write(f"step {step}: held-out {quality}")
             about = {"steps": f"{step} of {c.steps}", "log": json.dumps(log)}
             about["word_order"] = "random in each block" if c.shuffle_words else "the text's"
             about["learnt"] = json.dumps([Path(path).name for path in c.text])
             about["heldout"] = json.dumps([Path(path).name for path in c.heldout])
-            save_gpt2(gpt, c.out, about, torch.bfloat16 if c.half else torch.float32)
-            rows = "".join(json.dumps(row) + "\n" for row in log)
-            write_atomically(beside(c.out, ".jsonl"), lambda file, t=rows: file.write(t.encode()))
+            save_gpt2(gpt, out, about, torch.bfloat16 if c.half else torch.float32)
+            rows = [json.dumps(row).encode() + b"\n" for row in log]
+            write_atomically(out.with_suffix(".jsonl"), lambda f, rows=rows: f.writelines(rows))
         if step % c.eval_every == 0:
             summed, steps_summed = torch.zeros_like(summed), 0
-        # Processes stop after the same step, before torchrun's patience of 30 s is over.
-        if world == 1 or looking or step % STOP_EVERY == 0:
-            stopping = agree(stop.number, device)
         if rank == 0 and (looking or stopping):
-            state = {
-                "format": FORMAT,
-                "settings": asdict(c),
-                "step": step,
-                "model": gpt.state_dict(),
-                "optimiser": optimiser.state_dict(),
-                "generator": generator.get_state(),
-                "dropout": torch.get_rng_state(),
-                "dropout_cuda": None,
-                "summed": summed,
-                "steps_summed": steps_summed,
-                "texts": texts,
-                "log": log,
-            }
-            if device.type == "cuda":
-                state["dropout_cuda"] = torch.cuda.get_rng_state(device)
-            check_finite(state["model"], step)
-            save_tensors(beside(c.out, ".state.pt"), state)
+            state = {"format": FORMAT, "settings": dict(vars(c)), "step": step, "texts": texts}
+            state |= {"model": gpt.state_dict(), "optimiser": optimiser.state_dict()}
+            state |= {"summed": summed, "steps_summed": steps_summed, "log": log}
+            state["rngs"] = [rng.get_state() for rng in rngs]
+            train.save_checkpoint(state_path, state)
         if stopping:
             break
-    stop.restore()
-    bar.close()
+    if rank == 0 and step == c.steps:
+        plot(log, out.with_suffix(".png"))
+        state_path.unlink(missing_ok=True)
+        print(f"wrote {out}, SHA-256 of its weights {fingerprint(gpt)}")
+    elif rank == 0:
+        print(f"stopped after step {step}; --resume {state_path} goes on")
+    del model  # DDP's keeps the group alive
+    if world > 1:
+        dist.destroy_process_group()
     if step < c.steps:
-        del model
-        leave_processes()
-        if rank == 0:
-            resume = f"python -m experiments.pretrain --resume {beside(c.out, '.state.pt')}"
-            print(f"stopped after step {step}; go on with: {resume}")
         raise SystemExit(128 + stopping)
-    if rank == 0:
-        plot(log, beside(c.out, ".png"))
-        beside(c.out, ".state.pt").unlink(missing_ok=True)
-        print(f"wrote {c.out}, SHA-256 of its weights {fingerprint(gpt)}")
-        print(f"      {beside(c.out, '.jsonl')} and {beside(c.out, '.png')}: the held-out quality")
-    del model
-    leave_processes()
 
 
 if __name__ == "__main__":

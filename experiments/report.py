@@ -4,39 +4,35 @@
     python -m experiments.report runs more --out both
 
 Reads config.json and log.jsonl of every run, of train.py's and baselines.py's alike. A run's score
-is computed anew from its log, by the protocol of run_folder.final_result; a table shows mean and
-standard deviation over seeds. What is missing or odd is one line each, printed and in the report.
-The paper's figures, from paper.txt beside this file, stand next to ours: they are of other data and
-larger language models. Figures are drawn in experiments/figures.py.
+is computed anew from its log, by evaluate.final_result; a table shows mean and standard deviation
+over seeds. What is missing or odd is one line each, printed and in the report. The paper's figures,
+from paper.txt beside this file, stand next to ours: they are of other data and larger language
+models. Figures are drawn in experiments/figures.py.
 """
 
 import csv
 import io
+from collections import Counter
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import tyro
 
-from experiments.read_runs import make_cells, read_runs, rows_of, title, words
-from files import check_writable, write_atomically
-from plumbing import Parser, UserError, counted, printable, run_command
+from experiments.read_runs import NAMES, label, make_cells, place_of, read_runs, title
+from utils import UserError, run_command, write_atomically
 
 RESAMPLES = 10_000  # bootstrap samples of an interval
-CONFIDENCE = 0.95  # of the intervals
 PAPER = Path(__file__).with_name("paper.txt")
-NAMES = {  # as the paper writes them, in its columns' order; the others go by our names
-    "lamo": "LaMo",
-    "dt": "DT",
-    "wiki-rl": "Wiki-RL",
-    "cql": "CQL",
-    "iql": "IQL",
-    "td3bc": "TD3+BC",
-    "bcq": "BCQ",
-    "nfq": "NFQ",
-    "bc": "BC",
-}
+CSV = "task,ratio,mode,dataset,method,steps,mean,std,n,seeds,scores,best_single,data_score,lm,"
+CSV += "paper_mean_std"
 
 
-# --- the paper ------------------------------------------------------------------------------------
+@dataclass
+class Arguments:
+    runs: tyro.conf.Positional[list[str]]  # folders that hold runs' folders, or are some
+    out: str = "report"  # where it is written
+    figures: bool = True  # draw, which needs matplotlib
 
 
 def read_paper():
@@ -49,9 +45,6 @@ def read_paper():
         known = zip(methods, cells, strict=True)
         paper[task, float(ratio)] = {m: c.replace("±", " ± ") for m, c in known if c != "-"}
     return paper
-
-
-# --- aggregates ----------------------------------------------------------------------------------
 
 
 def iqm(scores, resamples=RESAMPLES, seed=0):
@@ -69,15 +62,9 @@ def iqm(scores, resamples=RESAMPLES, seed=0):
     mean = float(statistic(*scores))
     if min(map(len, scores)) < 2:
         return mean, None, None
-    drawn = bootstrap(
-        scores,
-        statistic,
-        n_resamples=resamples,
-        confidence_level=CONFIDENCE,
-        method="percentile",
-        rng=np.random.default_rng(seed),
-    )
-    return mean, float(drawn.confidence_interval.low), float(drawn.confidence_interval.high)
+    how = dict(n_resamples=resamples, confidence_level=0.95, method="percentile")
+    drawn = bootstrap(scores, statistic, rng=np.random.default_rng(seed), **how)
+    return mean, *map(float, drawn.confidence_interval)
 
 
 def aggregate(cells):
@@ -88,12 +75,11 @@ def aggregate(cells):
     of_name = {}
     for (row, name), cell in cells.items():
         if not cell.runs[0].plain:
-            of_name.setdefault(name, set()).add(row)
-    sets = {frozenset(rows) for rows in of_name.values() if len(rows) > 1}
+            of_name.setdefault(name, []).append(row)
+    sets = {tuple(rows) for rows in of_name.values() if len(rows) > 1}
     out = []
-    for chosen in sorted(sets, key=lambda rows: (-len(rows), sorted(rows))):
-        names = sorted((n for n, rows in of_name.items() if rows >= chosen), key=place_of)
-        rows = [row for row in rows_of(cells) if row in chosen]
+    for rows in sorted(sets, key=lambda rows: (-len(rows), sorted(rows))):
+        names = [name for name in sorted(of_name, key=place_of) if set(of_name[name]) >= set(rows)]
         out.append((rows, {n: iqm([cells[row, n].scores for row in rows]) for n in names}))
     return out
 
@@ -101,33 +87,18 @@ def aggregate(cells):
 # --- writing -------------------------------------------------------------------------------------
 
 
-def place_of(name):
-    """Where a name stands: the paper's columns, then the ablations, then other settings."""
-    method, _, variant = name.partition(", ")
-    order = list(NAMES)
-    return bool(variant), order.index(method) if method in order else len(order), name
-
-
-def label(name):
-    method, comma, variant = name.partition(", ")
-    return NAMES.get(method, method) + comma + variant
-
-
 def listing(rows):
     """Rows in words; with their data where two would read alike."""
-    short = list(map(title, rows))
-    return ", ".join(
-        t if short.count(t) == 1 else f"{t} ({row[3]})" for t, row in zip(short, rows, strict=True)
-    )
+    times = Counter(map(title, rows))
+    return ", ".join(title(r) + (f" ({r[3]})" if times[title(r)] > 1 else "") for r in rows)
 
 
-def cell_text(cell, all_seeds):
+def cell_text(cell, usual):
     """ "50.9 ± 3.1", with the number of seeds where it is not the usual one."""
-    mean, std = cell.scores.mean(), cell.scores.std()
-    n = len(cell.runs)
+    n, mean = len(cell.runs), f"{cell.scores.mean():.1f}"
     if n == 1:
-        return f"{mean:.1f} (1 seed)"
-    return f"{mean:.1f} ± {std:.1f}" + ("" if n == all_seeds else f" ({n} seeds)")
+        return f"{mean} (1 seed)"
+    return f"{mean} ± {cell.scores.std():.1f}" + ("" if n == usual else f" ({n} seeds)")
 
 
 def table(cells, names, paper):
@@ -135,22 +106,17 @@ def table(cells, names, paper):
     usual = max(len(cell.runs) for cell in cells.values())
     lines = ["| task | data | " + " | ".join(map(label, names)) + " | data's own |"]
     lines.append("|---" * (len(names) + 3) + "|")
-    for row in rows_of(cells):
+    for row in dict.fromkeys(row for row, name in cells if name in names):
         here = {name: cells[row, name] for name in names if (row, name) in cells}
-        if not here:
-            continue
         best = max(cell.scores.mean() for cell in here.values())
-        texts = []
-        for name in names:
-            text = ""
-            if name in here:
-                text = cell_text(here[name], usual)
-                text = f"**{text}**" if here[name].scores.mean() == best else text
-                if row[2] == "normal" and name in paper.get(row[:2], {}):
-                    text += f"<br>*paper {paper[row[:2]][name]}*"
-            texts.append(text)
+        texts = dict.fromkeys(names, "")
+        for name, cell in here.items():
+            text = cell_text(cell, usual)
+            texts[name] = f"**{text}**" if cell.scores.mean() == best else text
+            if row[2] == "normal" and name in paper.get(row[:2], {}):
+                texts[name] += f"<br>*paper {paper[row[:2]][name]}*"
         own = np.mean([run.data_score for cell in here.values() for run in cell.runs])
-        lines.append(f"| {title(row)} | {row[3]} | " + " | ".join(texts) + f" | {own:.1f} |")
+        lines.append(f"| {title(row)} | {row[3]} | {' | '.join(texts.values())} | {own:.1f} |")
     return lines
 
 
@@ -158,15 +124,11 @@ def seeds_table(cells):
     """Lines of a Markdown table: a line a cell, every seed's score in it."""
     lines = ["| task | method | seeds | scores | mean ± std | best single | language model |"]
     lines.append("|---" * 7 + "|")
-    for row in rows_of(cells):
-        for name in sorted((n for r, n in cells if r == row), key=place_of):
-            cell = cells[row, name]
-            scores = ", ".join(f"{s:.1f}" for s in cell.scores)
-            seeds = ", ".join(map(str, cell.seeds))
-            single = max(run.best_single for run in cell.runs)
-            mean = cell_text(cell, len(cell.runs))
-            parts = [title(row), label(name), seeds, scores, mean, f"{single:.1f}"]
-            lines.append(f"| {' | '.join([*parts, Path(cell.runs[0].lm).stem])} |")
+    for (row, name), cell in cells.items():
+        parts = [title(row), label(name), ", ".join(map(str, cell.seeds))]
+        parts += [", ".join(f"{s:.1f}" for s in cell.scores), cell_text(cell, len(cell.runs))]
+        parts += [f"{max(run.best_single for run in cell.runs):.1f}", Path(cell.runs[0].lm).stem]
+        lines.append(f"| {' | '.join(parts)} |")
     return lines
 
 
@@ -174,23 +136,16 @@ def csv_text(cells, paper):
     """The cells as CSV, a line each."""
     text = io.StringIO()
     out = csv.writer(text, lineterminator="\n")
-    head = "task,ratio,mode,dataset,method,steps,mean,std,n,seeds,scores,best_single,data_score"
-    out.writerow([*head.split(","), "lm", "paper_mean_std"])
-    for row in rows_of(cells):
-        for name in sorted((n for r, n in cells if r == row), key=place_of):
-            cell = cells[row, name]
-            run, scores = cell.runs[0], cell.scores
-            known = paper.get(row[:2], {}).get(name, "") if row[2] == "normal" else ""
-            out.writerow(
-                [
-                    *[row[0], f"{row[1]:g}", row[2], row[3], name, run.steps],
-                    *[f"{scores.mean():.4f}", f"{scores.std():.4f}" if len(scores) > 1 else ""],
-                    *[len(scores), " ".join(map(str, cell.seeds))],
-                    " ".join(f"{s:.4f}" for s in scores),
-                    f"{max(r.best_single for r in cell.runs):.4f}",
-                    *[f"{np.mean([r.data_score for r in cell.runs]):.4f}", run.lm, known],
-                ]
-            )
+    out.writerow(CSV.split(","))
+    for ((task, ratio, mode, dataset), name), cell in cells.items():
+        run, scores, n = cell.runs[0], cell.scores, len(cell.runs)
+        line = [task, f"{ratio:g}", mode, dataset, name, run.steps, f"{scores.mean():.4f}"]
+        line += [f"{scores.std():.4f}" if n > 1 else "", n, " ".join(map(str, cell.seeds))]
+        line += [" ".join(f"{s:.4f}" for s in scores)]
+        line += [f"{max(r.best_single for r in cell.runs):.4f}"]
+        line += [f"{np.mean([r.data_score for r in cell.runs]):.4f}", run.lm]
+        known = paper.get((task, ratio), {}) if mode == "normal" else {}
+        out.writerow([*line, known.get(name, "")])
     return text.getvalue()
 
 
@@ -199,57 +154,32 @@ def draw_all(folder, cells, aggregates):
     from experiments import figures
 
     names = sorted({name for _, name in cells}, key=place_of)
-    colours, stems, drawn = figures.colours_of(names), {}, {}
-    for row in rows_of(cells):
+    colours, stems, drawn, lines = figures.colours_of(names), Counter(), {}, {}
+    for row in dict.fromkeys(row for row, _ in cells):
         stem = f"{row[0]}-{row[1]:g}".replace("/", "-") + ("" if row[2] == "normal" else "-delayed")
-        stem += f"-{n}" if (n := 1 + sum(s.startswith(stem) for s in stems.values())) > 1 else ""
-        stems[row] = stem
-        here = {label(n): (n, cells[row, n]) for n in names if (row, n) in cells}
+        stems[stem] += 1
+        stem += f"-{stems[stem]}" if stems[stem] > 1 else ""
+        here = {name: cell for (r, name), cell in cells.items() if r == row}
         heading = f"{title(row)}, {row[3]}"
         figures.draw_curves(folder / f"curves-{stem}", heading, here, colours)
         drawn.setdefault("Learning curves", []).append(f"curves-{stem}")
-        talking = {text: p for text, p in here.items() if all(run.language for run in p[1].runs)}
-        if talking:
+        if talking := {n: cell for n, cell in here.items() if all(r.language for r in cell.runs)}:
             figures.draw_language(folder / f"language-{stem}", heading, talking, colours)
             drawn.setdefault("Language loss", []).append(f"language-{stem}")
+    for ((task, ratio, mode, dataset), name), cell in reversed(cells.items()):  # ratios rise
+        lines.setdefault((task, dataset, mode), {}).setdefault(name, []).append((ratio, cell))
     panels = []
-    for task, mode, dataset in dict.fromkeys((r[0], r[2], r[3]) for r in rows_of(cells)):
-        lines = {}
-        for name in names:
-            ratios = sorted(
-                row[1]
-                for row, n in cells
-                if n == name and (row[0], row[2], row[3]) == (task, mode, dataset)
-            )
-            if len(ratios) > 1:
-                points = [(r, cells[(task, r, mode, dataset), name]) for r in ratios]
-                lines[label(name)] = name, points
-        if lines:
-            panels.append((f"{task}, {dataset}", lines))
+    for (task, dataset, _), of_name in reversed(lines.items()):
+        shown = {n: of_name[n] for n in names if len(of_name.get(n, ())) > 1}
+        panels += [(f"{task}, {dataset}", shown)] if shown else []
     if panels:
         figures.draw_ratios(folder / "ratios", panels, colours)
         drawn["Score against the share of the data"] = ["ratios"]
     if aggregates:
-        panels = [
-            (listing(rows), {label(n): (n, value) for n, value in means.items()})
-            for rows, means in aggregates
-        ]
+        panels = [(listing(rows), means) for rows, means in aggregates]
         figures.draw_iqm(folder / "iqm", panels, colours)
         drawn["Interquartile means"] = ["iqm"]
     return drawn
-
-
-def iqm_table(aggregates):
-    """Lines of Markdown: a table for each set of rows."""
-    lines = []
-    for rows, means in aggregates:
-        lines += [f"Over {len(rows)} rows: {listing(rows)}.", ""]
-        lines += ["| method | IQM | 95 % interval |", "|---|---|---|"]
-        for name, (mean, low, high) in means.items():
-            interval = "one seed: none" if low is None else f"{low:.1f} to {high:.1f}"
-            lines.append(f"| {label(name)} | {mean:.1f} | {interval} |")
-        lines.append("")
-    return lines
 
 
 def report_text(cells, remarks, aggregates, drawn, paper, command):
@@ -257,16 +187,17 @@ def report_text(cells, remarks, aggregates, drawn, paper, command):
     names = sorted({name for _, name in cells}, key=place_of)
     compared = [name for name in names if name in NAMES]
     others = [name for name in names if name not in NAMES]
-    n_runs = sum(len(cell.runs) for cell in cells.values())
+    runs = [run for cell in cells.values() for run in cell.runs]
     usual = max(len(cell.runs) for cell in cells.values())
     often = "" if usual == 1 else f", {usual} where it does not say otherwise"
-    lms = sorted({Path(run.lm).stem for cell in cells.values() for run in cell.runs} - {"none"})
+    lms = ", ".join(sorted({Path(run.lm).stem for run in runs} - {"none"})) or "none"
+    steps = {}
+    for run in runs:
+        if run.name == run.method:
+            steps.setdefault(run.steps, set()).add(label(run.name))
+    steps = "; ".join(f"{n} of {', '.join(sorted(steps[n]))}" for n in sorted(steps))
     made_by = ["", f"`{command}`", ""]
-    made_of = f"{counted(n_runs, 'run')}; language models: {', '.join(lms) or 'none'}; steps: "
-    plain = {(label(n), c.runs[0].steps) for (_, n), c in cells.items() if ", " not in n}
-    by_steps = {steps: sorted(n for n, s in plain if s == steps) for _, steps in plain}
-    made_of += "; ".join(f"{s} of {', '.join(n)}" for s, n in sorted(by_steps.items())) + "."
-    text = ["# Report", "", made_of, ""]
+    text = ["# Report", "", f"{len(runs)} runs; language models: {lms}; steps: {steps}.", ""]
     text += [
         "A run's score is its best target's mean over the evaluations in the last 20 % of the "
         f"steps. A cell is mean ± standard deviation over seeds{often}; **bold** is a line's best "
@@ -276,54 +207,49 @@ def report_text(cells, remarks, aggregates, drawn, paper, command):
         "",
     ]
     if remarks:
-        text += ["Missing or odd:", "", *[f"- {words(remark)}" for remark in remarks], ""]
+        text += ["Missing or odd:", "", *[f"- {remark}" for remark in remarks], ""]
     if compared:
         text += ["## Methods", "", *table(cells, compared, paper), *made_by]
     if others:
-        beside = [*(["lamo"] if "lamo" in compared else []), *others]
         rows = {row for row, name in cells if name in others}
         there = {key: cell for key, cell in cells.items() if key[0] in rows}
+        beside = [name for name in names if name == "lamo" or name in others]
         text += ["## Ablations and other settings", "", *table(there, beside, paper), *made_by]
     if aggregates:
         what = "Interquartile mean of all seeds' scores, with a bootstrap's interval: "
         what += f"{RESAMPLES:,} samples that draw seeds within each task (Agarwal et al. 2021)."
-        text += ["## Over tasks", "", what, "", *iqm_table(aggregates), *made_by[1:]]
+        text += ["## Over tasks", "", what, ""]
+        for rows, means in aggregates:
+            text += [f"Over {len(rows)} rows: {listing(rows)}.", ""]
+            text += ["| method | IQM | 95 % interval |", "|---|---|---|"]
+            for name, (mean, low, high) in means.items():
+                interval = "one seed: none" if low is None else f"{low:.1f} to {high:.1f}"
+                text.append(f"| {label(name)} | {mean:.1f} | {interval} |")
+            text.append("")
+        text += made_by[1:]
     for heading, stems in drawn.items():
-        text += [f"## {heading}", ""]
-        text += [f"![{stem}]({stem}.png)" for stem in stems] + made_by
+        text += [f"## {heading}", "", *[f"![{stem}]({stem}.png)" for stem in stems], *made_by]
     text += ["## Every seed", "", *seeds_table(cells), *made_by]
     return "\n".join(text)
 
 
 def main():
-    parser = Parser(prog="python -m experiments.report", description=__doc__)
-    add = parser.add_argument
-    add("runs", nargs="+", help="folders that hold runs' folders, or runs' folders themselves")
-    add("--out", default="report", help="where it is written (default: report)")
-    add("--no-figures", action="store_true", help="tables only, without matplotlib")
-    arguments = parser.parse_args()
-    check_writable(arguments.out, "--out")
-    out = Path(arguments.out)
-    runs, remarks = read_runs(arguments.runs)
-    if not runs:
-        for remark in remarks:
-            print(printable(remark))
-        where = ", ".join(arguments.runs)
-        raise UserError(f"no finished run in {where}; give the folder that --out of runs named")
-    cells = make_cells(runs, remarks)
+    args = tyro.cli(Arguments, description=__doc__)
+    runs, remarks = read_runs(args.runs)
+    cells, out, paper = make_cells(runs, remarks), Path(args.out), read_paper()
     for remark in remarks:
-        print(printable(remark))
-    aggregates, paper = aggregate(cells), read_paper()
-    out.mkdir(parents=True, exist_ok=True)
-    drawn = {} if arguments.no_figures else draw_all(out, cells, aggregates)
-    command = f"python -m experiments.report {' '.join(arguments.runs)}"
-    command += f" --out {arguments.out}" if arguments.out != parser.get_default("out") else ""
+        print(remark)
+    if not runs:
+        where = ", ".join(args.runs)
+        raise UserError(f"no finished run in {where}; give the folder that --out of runs named")
+    aggregates = aggregate(cells)
+    drawn = draw_all(out, cells, aggregates) if args.figures else {}
+    command = f"python -m experiments.report {' '.join(args.runs)}"
+    command += f" --out {args.out}" if args.out != Arguments.out else ""
     text = report_text(cells, remarks, aggregates, drawn, paper, command)
     write_atomically(out / "report.md", lambda file: file.write(text.encode()))
     write_atomically(out / "report.csv", lambda file: file.write(csv_text(cells, paper).encode()))
-    n = sum(len(cell.runs) for cell in cells.values())
-    made = f"{counted(n, 'run')} in {counted(len(cells), 'cell')}"
-    print(f"{made}: {out / 'report.md'}, {out / 'report.csv'}")
+    print(f"{len(runs)} runs read: {out / 'report.md'}, {out / 'report.csv'}")
 
 
 if __name__ == "__main__":

@@ -6,61 +6,64 @@
     python -m experiments.sweep table3 --cluster slurm --partition gpu
 
 Every run is a process of train.py or experiments/baselines.py with a folder of its own in --out,
-named after its place in the grid. So the same command goes on where it was stopped: finished runs
-are skipped, interrupted ones resumed (baselines, which cannot be, begin anew), failed ones are told
-at the end with their output's last lines, while the others go on.
+named after its place in the grid. The same command continues a sweep that was stopped: finished
+runs are skipped and interrupted ones resumed (baselines, which cannot resume, begin anew). A run
+that fails does not stop the others; the end of its output is printed at the end.
 """
 
+import json
 import os
+import shlex
 import shutil
+import subprocess
 import sys
-import threading
+import tempfile
 import time
-from contextlib import contextmanager
+from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
 
+import tyro
 from tqdm import tqdm
 
-import settings
-from experiments.one_run import (
-    ALGORITHMS,
-    SAID_AGAIN,
-    carry_out,
-    flags_begun,
-    last_lines,
-    name_of,
-    progress_of,
-    seconds_a_step,
-    state_of,
-    steps_of,
-    values_of,
-)
-from files import check_writable, read_json, try_lock
-from plumbing import (
-    Parser,
-    StopSignals,
-    UserError,
-    check_package,
-    choose,
-    counted,
-    is_number,
-    printable,
-    run_command,
-    split_flags,
-)
 from tasks import find_task
+from train import METHODS
+from utils import StopSignals, UserError, choose, run_command, write_atomically, write_json
 
-POLL_SECONDS = 1.0  # between looks at the runs' logs
+ALGORITHMS = ("bc", "td3bc", "iql", "cql", "bcq", "nfq")  # the other methods are train.py's
+PROBE_STEPS = 20  # after which a step's time is known
+POLL_SECONDS = 0.5  # between looks at the runs' logs
 
 SEEDS = (0, 1, 2)
 PAPER_METHODS = ("lamo", "dt", "wiki-rl", "cql", "iql", "td3bc", "bc")  # tables 1 and 3
 ATARI_METHODS = ("lamo", "dt", "wiki-rl", "cql", "bcq", "nfq", "bc")  # table 2
 ABLATIONS = ("lamo", "lamo-nolm", "lamo-linear", "lamo-freeze", "lamo-full", "lamo-random", "dt")
-QUALITIES = ("mini", "assets/mini-lm-early.safetensors", "assets/mini-lm-random-corpus.safetensors")
+OTHER_LMS = ("assets/mini-lm-early.safetensors", "assets/mini-lm-random-corpus.safetensors")
 
 
-def grid(env, method, ratio=(1.0,), seed=SEEDS, lm=("auto",)):
+@dataclass
+class Config:
+    study: tyro.conf.Positional[str | None] = None  # a row of STUDIES; the next five pick a part
+    env: str | None = None  # tasks, between commas
+    method: str | None = None  # methods of train.py, and bc, td3bc, iql, cql, bcq, nfq
+    ratio: str | None = None  # shares of the dataset; None: 1
+    seed: str | None = None  # None: 0,1,2
+    lm: str | None = None  # language models, or paths of weights
+    flags: str = ""  # more flags for each run, in quotes: --flags "--steps 500"
+    out: str = "runs"  # where the runs' folders are
+    workers: int = 1  # runs at a time
+    threads: int | None = None  # CPU threads of a run; None: OMP_NUM_THREADS, or the cores shared
+    dry_run: bool = False  # only list the runs and how long they take
+    cluster: str | None = None  # slurm; or local, which is submitit without a cluster
+    partition: str | None = None  # SLURM's
+    gpus: int = 1  # of a run on SLURM
+    minutes: int = 24 * 60  # a run's limit on the cluster
+
+
+# --- which runs ----------------------------------------------------------------------------------
+
+
+def grid(env, method=("lamo",), ratio=(1.0,), seed=SEEDS, lm=(None,)):
     """Every combination, as dictionaries; seeds outermost, so that each is a whole study."""
     names = ("seed", "env", "ratio", "method", "lm")
     return [dict(zip(names, row, strict=True)) for row in product(seed, env, ratio, method, lm)]
@@ -79,165 +82,252 @@ STUDIES = {  # the paper's tables by their numbers in it, and what the README re
         *grid(["hopper"], ABLATIONS, (0.01,)),
         *grid(["reacher2d"], ABLATIONS),
     ],
-    "bundled": [  # on what comes with the project; "ratios" wants a full recording first
-        *grid(["hopper"], tuple(settings.METHODS), (0.01,)),
-        *grid(["reacher2d"], tuple(settings.METHODS)),
+    "bundled": [  # on what comes with the project; "ratios" needs a full recording first
+        *grid(["hopper"], METHODS, (0.01,)),
+        *grid(["reacher2d"], METHODS),
         *grid(["hopper"], ("bc", "td3bc", "iql", "cql"), (0.01,)),
         *grid(["reacher2d"], ("bc", "td3bc", "iql", "cql")),
-        *grid(["hopper"], ("lamo",), (0.01,), lm=QUALITIES[1:]),
-        *grid(["reacher2d"], ("lamo",), lm=QUALITIES[1:]),
+        *grid(["hopper"], ("lamo",), (0.01,), lm=OTHER_LMS),
+        *grid(["reacher2d"], ("lamo",), lm=OTHER_LMS),
         *grid(["walker2d", "halfcheetah"], ("lamo", "lamo-random", "dt", "bc"), (0.01,)),
     ],
 }
 
 
-# --- before they begin ----------------------------------------------------------------------------
+def name_of(run):
+    """The run's folder in --out: its place in the grid."""
+    parts = [run["env"], run["method"], f"{run['ratio']:g}"]
+    if run["lm"]:
+        parts.append(Path(run["lm"]).name.removesuffix(".safetensors"))
+    return "-".join([*parts, f"s{run['seed']}"]).replace("/", "-")
+
+
+def runs_of(args):
+    """The runs that were asked for, each once. Raises UserError for what is no study or grid."""
+    asked = {}
+    for name, kind in (("env", str), ("method", str), ("ratio", float), ("seed", int), ("lm", str)):
+        if typed := getattr(args, name):
+            try:
+                asked[name] = [kind(part) for part in typed.split(",")]
+            except ValueError as error:
+                raise UserError(f"--{name} {typed}: {error}") from error
+    if args.study:
+        runs = STUDIES[choose("study", args.study, STUDIES)]
+        runs = [run for run in runs if all(run[name] in asked[name] for name in asked)]
+    elif "env" in asked:
+        runs = grid(**asked)
+    else:
+        raise UserError(f"name a study ({', '.join(STUDIES)}), or a grid: --env NAME,NAME ..")
+    if not runs:
+        raise UserError(f"no run of {args.study} is left by these flags")
+    by_name = {}
+    for run in runs:
+        run = run | {"env": find_task(run["env"])[0]}  # as it is written in tasks.py
+        choose("method", run["method"], [*METHODS, *ALGORITHMS])
+        if not 0 < run["ratio"] <= 1:
+            raise UserError(f"--ratio has {run['ratio']:g}, but must be above 0 and at most 1")
+        if by_name.setdefault(name_of(run), run) != run:
+            raise UserError(f"two runs would be called {name_of(run)}; change --ratio or --lm")
+    return list(by_name.values())
+
+
+def flags_of(text):
+    """--flags as a list of words. Raises UserError for those that the sweep itself gives."""
+    try:
+        words = shlex.split(text)
+    except ValueError as error:
+        raise UserError(f"--flags {text}: {error}") from error
+    for flag in ("env", "method", "algo", "ratio", "seed", "lm", "out", "name", "resume"):
+        if any(word.split("=")[0] == f"--{flag}" for word in words):
+            raise UserError(f"--flags has --{flag}, which the sweep gives each run; leave it out")
+    return words
+
+
+# --- one run -------------------------------------------------------------------------------------
+
+
+def state_of(run, out):
+    """What has become of a run: "finished", "interrupted" or "new"."""
+    folder = Path(out) / name_of(run)
+    if (folder / "result.json").is_file():
+        return "finished"
+    return "interrupted" if folder.exists() else "new"
+
+
+def log_of(run, out):
+    """Where what a run prints goes. The first line has the --flags it was begun with."""
+    return Path(out) / "logs" / f"{name_of(run)}.txt"
+
+
+def heading(flags):
+    return f"flags: {shlex.join(flags)}\n"
+
+
+def start(run, out, flags, threads, apart=True):
+    """The process, a subprocess.Popen, that begins or resumes a run.
+
+    apart: whether a Ctrl-C in this terminal does not reach it.
+    """
+    folder = Path(out) / name_of(run)
+    if run["method"] not in ALGORITHMS and (folder / "ckpt.pt").is_file():
+        command = ["train.py", "--resume", str(folder)]
+    else:
+        if folder.exists():  # a baseline's, or a run that saved nothing yet
+            shutil.rmtree(folder)
+        command = ["train.py", "--method", run["method"]]
+        if run["method"] in ALGORITHMS:
+            command = ["-m", "experiments.baselines", "--algo", run["method"]]
+        command += ["--env", run["env"], "--ratio", str(run["ratio"]), "--seed", str(run["seed"])]
+        command += ["--lm", run["lm"]] if run["lm"] else []
+        command += ["--out", str(out), "--name", name_of(run), *flags]
+        write_atomically(log_of(run, out), lambda file: file.write(heading(flags).encode()))
+    with open(log_of(run, out), "a") as log:
+        return subprocess.Popen(
+            [sys.executable, *command],
+            env=os.environ | {"OMP_NUM_THREADS": str(threads)},
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            start_new_session=apart,
+        )
+
+
+def carry_out(run, out, flags, threads):
+    """A run's job on a cluster."""
+    start(run, out, flags, threads, apart=False).wait()
+
+
+def last_lines(run, out, n=5):
+    """The end of a run's output, without its progress bars."""
+    text = log_of(run, out).read_text(errors="replace") if log_of(run, out).is_file() else ""
+    lines = [line for line in text.replace("\r", "\n").splitlines()[1:] if line.strip()]
+    return [line for line in lines if "it/s" not in line and "s/it" not in line][-n:]
+
+
+def progress_of(run, out):
+    """(steps done, steps in all, seconds a step) by a run's own files; zeros if it has none yet."""
+    folder = Path(out) / name_of(run)
+    try:
+        steps = json.loads((folder / "config.json").read_text())["settings"]["steps"]
+        lines = (folder / "log.jsonl").read_text().split("\n")[:-1]  # the whole ones
+    except FileNotFoundError:
+        return 0, 0, 0.0
+    for row in map(json.loads, reversed(lines)):
+        if "seconds" in row:  # an evaluation has none
+            return row["step"], steps, row["seconds"] / row["step"]
+    return 0, steps, 0.0
+
+
+def measure(run, flags, threads, stop):
+    """(steps in all, seconds a step), by beginning a run in a temporary folder.
+
+    Prints why, and returns (0, 0.0), where that fails: so would the real one.
+    """
+    print(f"measuring {PROBE_STEPS} steps of {name_of(run)}", flush=True)
+    with tempfile.TemporaryDirectory() as aside:
+        process = start(run, aside, [*flags, "--log-every", str(PROBE_STEPS)], threads)
+        try:
+            while not (progress_of(run, aside)[0] or stop.number) and process.poll() is None:
+                time.sleep(0.1)
+        finally:
+            process.terminate()
+            process.wait()
+        if stop.number:
+            raise SystemExit(128 + stop.number)
+        _, steps, seconds = progress_of(run, aside)
+        if not seconds:
+            print(f"{name_of(run)} will fail:", *last_lines(run, aside), sep="\n    ", flush=True)
+            return 0, 0.0
+    return steps, seconds
+
+
+# --- all of them ---------------------------------------------------------------------------------
 
 
 def check_flags(runs, out, flags):
     """Raises UserError where a run that is there was begun with other flags than are given now."""
     for run in runs:
-        try:
-            had = dict(read_json(Path(out) / name_of(run) / "config.json")["settings"])
-        except (OSError, ValueError, KeyError, TypeError):
-            continue  # none yet, or none of ours: that is told elsewhere
-        for flag, now in values_of(flags).items():
-            name = flag.removeprefix("--").removeprefix("no-").replace("-", "_")
-            if now == ["auto"] or flag in SAID_AGAIN:
-                continue
-            if name not in had:
-                raise UserError(f"{name_of(run)} knows no {flag}; see train.py --help")
-            before = had[name] if isinstance(had[name], list) else [had[name]]
-            same = len(before) == len(now) and all(map(alike, before, now))
-            if not same and (now or before != [not flag.startswith("--no-")]):
-                was = f"was begun with {name} {' '.join(map(str, before))}"
-                what = " ".join([flag, *now])
-                raise UserError(f"{name_of(run)} {was}, not {what}; give another --out")
-        left_out = values_of(flags_begun(run, out)).keys() - values_of(flags).keys()
-        for flag in sorted(left_out - set(SAID_AGAIN)):
-            what = f"was begun with {flag}, which --flags lacks now"
-            raise UserError(f"{name_of(run)} {what}; give it again, or another --out")
+        if state_of(run, out) != "new" and log_of(run, out).is_file():
+            with open(log_of(run, out), errors="replace") as log:
+                had = log.readline()
+            if had != heading(flags) and had.startswith("flags: "):
+                what = f"{name_of(run)} was begun with other --flags ({had[7:].strip() or 'none'})"
+                raise UserError(f"{what}; give the same again, or another --out")
 
 
-def alike(before, typed):
-    """Whether a flag's typed value is that of a setting."""
-    try:
-        return float(typed) == before if is_number(before) else str(before) == typed
-    except ValueError:
-        return False
-
-
-def flags_of(text):
-    """--flags as a list of words. Raises UserError for those that the sweep itself gives."""
-    words = split_flags(text)
-    if words and words[0][:2] != "--":
-        raise UserError(f"--flags begins with {words[0]}, but a flag begins with --")
-    for flag in ("--env", "--method", "--algo", "--ratio", "--seed", "--lm", "--out", "--name"):
-        if flag in values_of(words):
-            own = {"--algo": "--method", "--name": "--out"}.get(flag, flag)
-            raise UserError(f"--flags has {flag}, which names the runs: give the sweep {own}")
-    return words
-
-
-def estimate(runs, out, flags, workers, threads):
+def estimate(runs, out, flags, workers, threads, stop):
     """Print the runs and, from measured step times, how long they will take together.
 
-    Returns how many of them will fail.
+    Step times are kept in out/probes.json. Seeds share one; ratios do not, for a dataset may hold a
+    part only. Returns the runs that will fail.
     """
-    total, failing = 0.0, 0
+    kept, total, failing = Path(out) / "probes.json", 0.0, []
+    known = json.loads(kept.read_text()) if kept.is_file() else {}
     for run in runs:
-        folder = Path(out) / name_of(run)
         done, steps, seconds = progress_of(run, out)
         done = 0 if run["method"] in ALGORITHMS else done  # baselines begin anew
         if not seconds:
-            seconds = seconds_a_step(run, out, flags, threads)
-            failing += seconds is None
-            steps = steps or steps_of(run, flags)
-        left = (steps - done) * (seconds or 0.0)
+            place = [run["env"], run["method"], f"{run['ratio']:g}", run["lm"] or "", *flags]
+            key = f"{shlex.join(place)}, {threads} threads"
+            if key not in known:
+                known[key] = measure(run, flags, threads, stop)
+                write_json(kept, {kind: found for kind, found in known.items() if found[1]})
+            steps, seconds = known[key]
+        failing += [] if seconds else [run]
+        left = (steps - done) * seconds
         total += left
-        time_left = "  fails" if seconds is None else f"{left / 60:6.1f} min"
-        print(f"{state_of(folder):12} {name_of(run):45} {steps - done:7} steps {time_left}")
+        what = f"{steps - done:7} steps {left / 60:6.1f} min" if seconds else "fails"
+        print(f"{state_of(run, out):12} {name_of(run):45} {what}")
     hours = total / workers / 3600
-    fails = f"; {failing} of them will fail" if failing else ""
-    at_once = f"{counted(len(runs), 'run')}, {workers} at a time"
-    print(f"{at_once}: about {hours:.1f} h without evaluations{fails}")
+    fails = f"; {len(failing)} of them will fail" if failing else ""
+    print(f"{len(runs)} run(s), {workers} at a time: {hours:.1f} h without evaluations{fails}")
     return failing
 
 
-# --- running them --------------------------------------------------------------------------------
-
-
-def run_locally(runs, out, flags, workers, threads):
-    """Carry out runs, `workers` at a time, with one bar."""
-    waiting, failed, lock = list(reversed(runs)), [], threading.Lock()
-    at_work, told = [], []  # processes; those that were told to stop
-
-    def work():
-        while True:
-            with lock:
-                if not waiting:
-                    return
-                run = waiting.pop()
-            why = ""
-            try:
-                code = carry_out(run, out, flags, threads, at_work)
-            except OSError as error:  # a full disk, a file where a folder should be
-                code, why = 1, f" ({error})"
-            if code and not stop.number:
-                failed.append(run)
-                others = "; the others go on" if len(runs) > 1 else ""
-                bar.write(f"failed: {name_of(run)}{printable(why)}{others}")
-
-    stop = StopSignals("stopping once the runs at work have saved what they have")
-    pool = [threading.Thread(target=work, daemon=True) for _ in range(workers)]
+def run_locally(runs, out, flags, workers, threads, stop):
+    """Carry out runs, `workers` at a time, with one bar. A signal lets those at work save."""
+    waiting, working, ended = list(runs), {}, 0
     form = "{l_bar}{bar}| {n:.2f}/{total} runs [{elapsed}<{remaining}]"
-    try:
-        with tqdm(total=len(runs), desc="sweep", bar_format=form) as bar:
-            for thread in pool:
-                thread.start()
-            while any(thread.is_alive() for thread in pool):
+    with tqdm(total=len(runs), desc="sweep", bar_format=form) as bar:
+        try:
+            while (waiting or working) and not stop.number:
+                while waiting and len(working) < workers:
+                    run = waiting.pop(0)
+                    working[start(run, out, flags, threads)] = run
                 time.sleep(POLL_SECONDS)
-                if stop.number:
-                    with lock:
-                        waiting.clear()
-                    for process in at_work:
-                        if process not in told and process.poll() is None:
-                            process.terminate()
-                            told.append(process)
-                done = 0.0
-                for run in runs:
-                    if state_of(Path(out) / name_of(run)) == "finished" or run in failed:
-                        done += 1
-                    else:
-                        step, steps, _ = progress_of(run, out)
-                        done += step / steps if steps else 0
-                if round(done, 2) != bar.n:
-                    bar.n = round(done, 2)
-                    bar.refresh()
-    finally:  # a second signal: what is at work must not stay behind
-        for process in at_work:
-            if process not in told and process.poll() is None:
+                for process, run in list(working.items()):
+                    if process.poll() is not None:
+                        del working[process]
+                        ended += 1
+                        if process.returncode:
+                            bar.write(f"failed: {name_of(run)}")
+                steps = [progress_of(run, out)[:2] for run in working.values()]
+                bar.n = round(ended + sum(step / most for step, most in steps if most), 2)
+                bar.update(0)  # draws, if it is time to
+        finally:  # also where a second signal ends this at once
+            for process in working:
                 process.terminate()
-    stop.restore()
+        for process in working:
+            process.wait()
     if stop.number:
         print("stopped; the same command goes on")
         raise SystemExit(128 + stop.number)
 
 
-def run_on_cluster(runs, out, flags, arguments):
+def run_on_cluster(runs, out, flags, args, stop):
     """Hand runs to a cluster through submitit, and wait for them."""
     import submitit
 
-    executor = submitit.AutoExecutor(folder=Path(out) / "submitit", cluster=arguments.cluster)
-    executor.update_parameters(timeout_min=arguments.minutes, cpus_per_task=arguments.threads)
-    if arguments.cluster == "slurm":
+    stop.at_once = True  # the jobs go on without us
+    executor = submitit.AutoExecutor(folder=Path(out) / "submitit", cluster=args.cluster)
+    executor.update_parameters(timeout_min=args.minutes, cpus_per_task=args.threads)
+    if args.cluster == "slurm":
         executor.update_parameters(
-            gpus_per_node=arguments.gpus,
-            slurm_partition=arguments.partition,
-            slurm_array_parallelism=arguments.workers,
+            gpus_per_node=args.gpus,
+            slurm_partition=args.partition,
+            slurm_array_parallelism=args.workers,
         )
     with executor.batch():
-        jobs = [executor.submit(carry_out, run, out, flags, arguments.threads) for run in runs]
+        jobs = [executor.submit(carry_out, run, out, flags, args.threads) for run in runs]
     for run, job in tqdm(list(zip(runs, jobs, strict=True)), desc="runs", unit="run"):
         try:
             job.result()
@@ -245,130 +335,40 @@ def run_on_cluster(runs, out, flags, arguments):
             print(f"{name_of(run)}: {error}", file=sys.stderr)
 
 
-# --- the command ---------------------------------------------------------------------------------
-
-
-def listed(kind):
-    """A flag's values between commas: "1,2" -> (1, 2)."""
-
-    def parse(text):
-        return tuple(kind(part) for part in text.split(",") if part)
-
-    parse.__name__ = f"{kind.__name__},{kind.__name__},.."  # how argparse names it in errors
-    return parse
-
-
-def runs_of(arguments):
-    """The runs that were asked for, each once. Raises UserError for what is no study or grid."""
-    asked = {name: getattr(arguments, name) for name in ("env", "method", "ratio", "seed", "lm")}
-    asked = {name: value for name, value in asked.items() if value is not None}
-    if arguments.study:
-        runs = STUDIES[choose("study", arguments.study, STUDIES)]
-        for name, values in asked.items():  # a part of a study
-            runs = [run for run in runs if run[name] in values]
-    elif "env" in asked:
-        runs = grid(**({"method": ("lamo",)} | asked))
-    else:
-        studies = ", ".join(STUDIES)
-        raise UserError(f"nothing to do: name a study ({studies}), or a grid: --env NAME,NAME ..")
-    for run in runs:
-        choose("method", run["method"], [*settings.METHODS, *ALGORITHMS])
-        if not 0 < run["ratio"] <= 1:
-            raise UserError(f"--ratio has {run['ratio']:g}, but must be above 0 and at most 1")
-    of_name = {}
-    for run in runs:
-        run = run | {"env": find_task(run["env"])[0]}  # as it is written in tasks.py
-        if of_name.setdefault(name_of(run), run) != run:
-            why = "name ratios or language models that differ more"
-            raise UserError(f"two runs of that grid would both be called {name_of(run)}; {why}")
-    runs = list(of_name.values())
-    if not runs:
-        raise UserError(f"no run of {arguments.study or 'that grid'} is left by these flags")
-    return runs
-
-
-@contextmanager
-def held(out):
-    """Within this, no other sweep works in --out. Raises UserError if one does already."""
-    lock = try_lock(Path(out) / ".sweep.lock")
-    if lock is None:
-        raise UserError(f"another sweep is at work in {out}; give another --out")
-    try:
-        yield
-    finally:
-        lock.release()
-
-
-def sweep(runs, out, flags, arguments):
-    """List runs, carry out those that are not finished, and say how they went."""
-    check_flags(runs, out, flags)
-    finished = [run for run in runs if state_of(Path(out) / name_of(run)) == "finished"]
-    runs = [run for run in runs if run not in finished]
-    print(f"{counted(len(finished), 'run')} finished already")
-    failing = estimate(runs, out, flags, arguments.workers, arguments.threads)
-    if arguments.dry_run or not runs:
-        if failing:
-            raise SystemExit(1)
-        return
-    if failing == len(runs):
-        raise UserError("every run would fail, as is said above, so none was begun")
-    if arguments.cluster:
-        run_on_cluster(runs, out, flags, arguments)
-    else:
-        run_locally(runs, out, flags, arguments.workers, arguments.threads)
-    failed = [run for run in runs if state_of(Path(out) / name_of(run)) != "finished"]
-    for run in failed:
-        print(f"failed: {name_of(run)}", *last_lines(run, out), sep="\n    ")
-    print(f"{len(runs) - len(failed)} of {len(runs)} runs finished")
-    if failed:
-        raise SystemExit(1)
-
-
 def main():
-    parser = Parser(prog="python -m experiments.sweep", description=__doc__)
-    add = parser.add_argument
-    add("study", nargs="?", help=f"one of {', '.join(STUDIES)}; the next five flags take a part")
-    add("--env", type=listed(str), help="tasks, between commas")
-    add("--method", type=listed(str), help="methods of train.py, and bc, td3bc, iql, cql, bcq, nfq")
-    add("--ratio", type=listed(float), help="shares of the dataset (default: 1)")
-    add("--seed", type=listed(int), help="seeds (default: 0,1,2)")
-    add("--lm", type=listed(str), help="language models, or weights' paths")
-    add("--flags", default="", help='more flags for each run, in quotes: --flags "--steps 500"')
-    add("--out", default="runs", help="where the runs' folders are (default: runs)")
-    add("--workers", type=int, default=1, help="runs at a time (default: 1)")
-    add(
-        "--threads",
-        type=int,
-        help="CPU threads of a run (default: OMP_NUM_THREADS, or the cores, shared out)",
-    )
-    add("--dry-run", action="store_true", help="list the runs and how long they take, no more")
-    add("--cluster", help="slurm; or local, which is submitit without a cluster")
-    add("--partition", help="SLURM's")
-    add("--gpus", type=int, default=1, help="of a run on SLURM (default: 1)")
-    add("--minutes", type=int, default=24 * 60, help="a run's limit there (default: a day)")
     words = sys.argv[1:]
-    if "--flags" in words[:-1]:  # argparse would take a lone "--x" behind it for a flag of its own
+    if "--flags" in words[:-1]:  # else "--x" behind it would be taken for a flag of the sweep's
         i = words.index("--flags")
         words[i : i + 2] = [f"--flags={words[i + 1]}"]
-    arguments = parser.parse_args(words)
-    if arguments.cluster:
-        choose("cluster", arguments.cluster, ("slurm", "local"))
-        check_package("submitit", "--cluster")
-        if arguments.cluster == "slurm" and shutil.which("srun") is None:
+    args = tyro.cli(Config, args=words, description=__doc__)
+    runs, out, flags = runs_of(args), args.out, flags_of(args.flags)
+    if args.workers < 1:
+        raise UserError(f"--workers is {args.workers}, but must be at least 1")
+    if args.cluster:
+        choose("cluster", args.cluster, ("slurm", "local"))
+        if args.cluster == "slurm" and shutil.which("srun") is None:
             raise UserError("--cluster slurm: there is no srun here; start it on a login node")
-    if arguments.workers < 1:
-        raise UserError(f"--workers is {arguments.workers}, but must be at least 1")
-    if arguments.threads is not None and arguments.threads < 1:
-        raise UserError(f"--threads is {arguments.threads}, but must be at least 1")
-    if arguments.threads is None:  # then the user's own OMP_NUM_THREADS, if there is one
-        shared = max(1, (os.cpu_count() or 1) // arguments.workers)
-        said = os.environ.get("OMP_NUM_THREADS", "")
-        arguments.threads = int(said) if said.isdecimal() and int(said) else shared
-    runs, out, flags = runs_of(arguments), arguments.out, flags_of(arguments.flags)
-    check_writable(out, "--out")
-    Path(out).mkdir(parents=True, exist_ok=True)
-    with held(out):
-        sweep(runs, out, flags, arguments)
+    if args.threads is None:
+        shared = max(1, (os.cpu_count() or 1) // args.workers)
+        args.threads = int(os.environ.get("OMP_NUM_THREADS") or shared)
+    check_flags(runs, out, flags)
+    left = [run for run in runs if state_of(run, out) != "finished"]
+    print(f"{len(runs) - len(left)} run(s) finished already")
+    stop = StopSignals()
+    failing = estimate(left, out, flags, args.workers, args.threads, stop)
+    if not args.dry_run and left:
+        if len(failing) == len(left):
+            raise UserError("every run would fail, for the reasons above; none was begun")
+        if args.cluster:
+            run_on_cluster(left, out, flags, args, stop)
+        else:
+            run_locally(left, out, flags, args.workers, args.threads, stop)
+        failing = [run for run in left if state_of(run, out) != "finished"]
+        for run in failing:
+            print(f"failed: {name_of(run)}", *last_lines(run, out), sep="\n    ")
+        print(f"{len(left) - len(failing)} of {len(left)} runs finished")
+    if failing:
+        raise SystemExit(1)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,6 @@
 """Fixtures: files that may be absent, and where the tests keep theirs."""
 
 import os
-import sys
 import tempfile
 from pathlib import Path
 
@@ -18,10 +17,13 @@ import gymnasium as gym
 import numpy as np
 import pytest
 import torch
+from hypothesis import settings
 
 from tasks import Environment, find_task
 
 ROOT = Path(__file__).resolve().parent.parent
+settings.register_profile("lamo", deadline=None)  # a busy machine is no failure
+settings.load_profile("lamo")
 SHARED = Path(os.environ.get("LAMO_SHARED", ROOT.parent / "shared"))  # reference files, if any
 
 
@@ -60,16 +62,3 @@ def shared():
         return SHARED / name
 
     return find
-
-
-@pytest.fixture(scope="session")
-def sound(tmp_path_factory):
-    """The folder that fuzz.make_sound fills."""
-    from fuzz import make_sound
-
-    folder = tmp_path_factory.mktemp("sound")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("MINARI_DATASETS_PATH", str(folder / "minari"))
-        patch.setattr(sys, "argv", sys.argv)
-        make_sound(folder)
-    return folder

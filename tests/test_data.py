@@ -1,169 +1,72 @@
-"""data.py: trajectories against a slow reference, text against its own bytes and GPT-2's BPE."""
+"""data.py: trajectories against slow loops, text against its own bytes and GPT-2's BPE."""
 
 import itertools
 import json
-import os
 import shutil
+from functools import partial
 from pathlib import Path
 
-import gymnasium as gym
 import h5py
 import minari
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
-from hypothesis import given, settings
+from gymnasium.spaces import Box, Discrete
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from minari.data_collector import EpisodeBuffer
 from scipy.stats import chisquare
 
 import data
-from data import (
-    BUNDLED,
-    find_dataset,
-    load_trajectories,
-    read_dataset,
-    returns_to_go,
-)
-from embeddings import FrameEncoder
-from plumbing import UserError
-from spaces import shrink
-from tasks import TASKS
-from windows import STACK, Trajectories, sample_windows
+from data import BUNDLED, find_dataset, get_encoding, load_trajectories, sample_windows, tokenise
+from tasks import TASKS, shrink
+from utils import UserError
 
 VERSION = itertools.count()  # a new name for each dataset
-OBS, ACT = gym.spaces.Box(-np.inf, np.inf, (3,)), gym.spaces.Box(-1, 1, (2,))
+OBS, ACT = Box(-np.inf, np.inf, (3,)), Box(-1, 1, (2,))
+PICTURES, CHOICE = Box(0, 255, (40, 50, 3), np.uint8), Discrete(3)
+HOPPER = TASKS["hopper"]
+refused = partial(pytest.raises, UserError)
 
 
-def random_episode(rng, length, rewards=None):
+def random_episode(rng, length, rewards=None, pictures=False):
+    observations = rng.normal(size=(length + 1, 3)).astype(np.float32)
+    actions = rng.uniform(-1, 1, size=(length, 2)).astype(np.float32)
+    if pictures:
+        observations = rng.integers(0, 256, (length + 1, 40, 50, 3), np.uint8)
+        actions = rng.integers(0, 3, length)
+    last = np.arange(length) == length - 1
     return EpisodeBuffer(
-        observations=rng.normal(size=(length + 1, 3)).astype(np.float32),
-        actions=rng.uniform(-1, 1, size=(length, 2)).astype(np.float32),
+        observations=observations,
+        actions=actions,
         rewards=rng.normal(size=length) if rewards is None else np.array(rewards),
-        terminations=np.arange(length) == length - 1,
-        truncations=np.zeros(length, bool),
+        terminations=last & (length % 2 == 0),  # the others were cut
+        truncations=last & (length % 2 == 1),
     )
 
 
-def make_dataset(name, episodes, observation_space=OBS, action_space=ACT):
+def make_dataset(episodes, obs=OBS, act=ACT, name=None, **how):
     """A Minari dataset on disk, by Minari's own means."""
-    return minari.create_dataset_from_buffers(
-        f"test/{name}-v{next(VERSION)}",
-        episodes,
-        observation_space=observation_space,
-        action_space=action_space,
-        ref_min_score=0.0,
-    )
+    how |= dict(observation_space=obs, action_space=act, ref_min_score=0.0)
+    name = name or f"test/set-v{next(VERSION)}"
+    return minari.create_dataset_from_buffers(name, episodes, **how)
+
+
+def folder_of(dataset):
+    return Path(dataset.spec.data_path).parent
 
 
 @pytest.fixture
-def five_episodes():
+def five():
+    """A dataset of five episodes of different lengths, and what was written."""
     rng = np.random.default_rng(0)
-    lengths = [4, 1, 9, 6, 2]
-    episodes = [random_episode(rng, n) for n in lengths]
-    return make_dataset("five", episodes), episodes
+    episodes = [random_episode(rng, n) for n in (4, 1, 9, 6, 2)]
+    return make_dataset(episodes), episodes
 
 
-@pytest.mark.parametrize("mode", ["normal", "delayed"])
-def test_flat_tensors_equal_the_episodes(five_episodes, mode):
-    dataset, episodes = five_episodes
-    flat = load_trajectories(dataset, ACT, scale=10.0, mode=mode)
-    observations = np.concatenate([e.observations[:-1] for e in episodes]).astype(np.float64)
-    mean, std = observations.mean(0), observations.std(0) + 1e-6
-    i = 0
-    for e in episodes:
-        T = len(e.rewards)
-        for t in range(T):
-            expected_obs = (e.observations[t] - mean) / std
-            np.testing.assert_allclose(flat.obs[i], expected_obs, rtol=1e-5, atol=1e-6)
-            np.testing.assert_array_equal(flat.act[i], e.actions[t])
-            delayed = sum(e.rewards)
-            expected = delayed if mode == "delayed" else sum(e.rewards[t:])
-            assert flat.rtg[i, 0].item() == pytest.approx(expected / 10, rel=1e-5, abs=1e-6)
-            assert flat.timestep[i] == t
-            assert flat.end[i] == i - t + T
-            i += 1
-    assert i == len(flat)
-    np.testing.assert_allclose(flat.returns, [sum(e.rewards) for e in episodes])
-    np.testing.assert_array_equal(flat.lengths, [4, 1, 9, 6, 2])
-    np.testing.assert_allclose(flat.obs_mean, mean, rtol=1e-5, atol=1e-6)
-
-
-@given(st.lists(st.floats(-100, 100), min_size=1, max_size=30))
-def test_returns_to_go(rewards):
-    rewards = np.array(rewards)
-    normal, delayed = returns_to_go(rewards), returns_to_go(rewards, delayed=True)
-    for t in range(len(rewards)):
-        assert normal[t] == pytest.approx(sum(rewards[t:]), abs=1e-6)
-        moved = [0.0] * (len(rewards) - 1) + [sum(rewards)]
-        assert delayed[t] == pytest.approx(sum(moved[t:]), abs=1e-6)
-
-
-@pytest.mark.parametrize(
-    ("ratio", "kept"), [(1.0, 5), (0.99, 4), (0.4, 2), (0.39, 1), (0.01, 1), (0.6, 3)]
-)
-def test_ratio_keeps_whole_trajectories_drawn_by_the_seed(five_episodes, ratio, kept):
-    dataset, _ = five_episodes
-    seen = set()
-    for seed in range(60):
-        flat = load_trajectories(dataset, ACT, 1.0, ratio, seed=seed)
-        again = load_trajectories(dataset, ACT, 1.0, ratio, seed=seed)
-        assert torch.equal(flat.obs, again.obs)
-        assert len(flat.lengths) == kept
-        assert set(flat.lengths.tolist()) <= {4, 1, 9, 6, 2}
-        assert len(set(flat.lengths.tolist())) == kept  # without replacement
-        assert len(flat) == flat.lengths.sum()
-        assert flat.obs.mean(0).abs().max() < 1e-4  # normalised by the kept part's own statistics
-        seen |= set(flat.lengths.tolist())
-    assert seen == {4, 1, 9, 6, 2}
-
-
-def flat_numbers(lengths):
-    """Trajectories whose every number tells its episode and step, from episode lengths."""
-    n = sum(lengths)
-    timestep = torch.cat([torch.arange(T) for T in lengths])
-    end = torch.cat([torch.full((T,), sum(lengths[: i + 1])) for i, T in enumerate(lengths)])
-    number = torch.arange(n, dtype=torch.float32)
-    one = torch.ones(1)
-    return Trajectories(
-        obs=number[:, None] * 10,
-        act=number[:, None] * 100,
-        rtg=number[:, None],
-        timestep=timestep,
-        end=end,
-        obs_mean=one,
-        obs_std=one,
-        scale=1.0,
-        returns=np.zeros(len(lengths)),
-        lengths=np.array(lengths),
-    )
-
-
-@settings(max_examples=60, deadline=None)
-@given(
-    st.lists(st.integers(1, 12), min_size=1, max_size=8),
-    st.integers(1, 15),
-    st.integers(1, 20),
-    st.integers(0, 1000),
-)
-def test_windows_equal_a_loop_over_samples(lengths, context, batch, seed):
-    flat = flat_numbers(lengths)
-    rtg, obs, act, timestep, valid = sample_windows(
-        flat, batch, context, torch.Generator().manual_seed(seed)
-    )
-    assert rtg.shape == obs.shape == act.shape == (batch, context, 1)
-    episode = [i for i, T in enumerate(lengths) for _ in range(T)]
-    for b in range(batch):
-        first = int(rtg[b, 0, 0])  # the number says which transition was drawn
-        for k in range(context):
-            inside = first + k < len(flat) and episode[first + k] == episode[first]
-            assert valid[b, k] == inside
-            if inside:
-                assert rtg[b, k, 0] == first + k
-            assert episode[int(rtg[b, k, 0])] == episode[first]  # padding stays inside too
-            assert obs[b, k, 0] == 10 * rtg[b, k, 0]
-            assert act[b, k, 0] == 100 * rtg[b, k, 0]
-            assert timestep[b, k] == flat.timestep[int(rtg[b, k, 0])]
+# --- from a dataset to windows -------------------------------------------------------------------
 
 
 @settings(max_examples=25, deadline=None)
@@ -177,266 +80,286 @@ def test_windows_of_a_dataset_hold_what_its_episodes_say(rewards, mode, context,
     """From Minari's files to a batch, returns-to-go included, against a loop over samples."""
     rng = np.random.default_rng(seed)
     episodes = [random_episode(rng, len(r), r) for r in rewards]
-    flat = load_trajectories(make_dataset("windows", episodes), ACT, scale=10.0, mode=mode)
+    flat = load_trajectories(make_dataset(episodes), ACT, scale=10.0, mode=mode)
+    before = np.concatenate([e.observations[:-1] for e in episodes]).astype(np.float64)
+    np.testing.assert_allclose(flat.obs_mean, before.mean(0), atol=1e-5)
+    np.testing.assert_allclose(flat.obs_std, before.std(0) + 1e-6, rtol=1e-5)
+    np.testing.assert_allclose(flat.returns, [sum(r) for r in rewards], atol=1e-9)
+    assert flat.lengths.tolist() == [len(r) for r in rewards]
+    last = torch.tensor(np.stack([e.observations[-1] for e in episodes])) - flat.obs_mean
+    np.testing.assert_allclose(flat.last_obs, last / flat.obs_std, rtol=1e-4, atol=1e-4)
+    assert flat.terminated.tolist() == np.concatenate([e.terminations for e in episodes]).tolist()
     generator = torch.Generator().manual_seed(seed)
     rtg, obs, act, timestep, valid = sample_windows(flat, 16, context, generator)
-    obs = obs * flat.obs_std + flat.obs_mean
     for b in range(16):
         (e,) = (i for i, x in enumerate(episodes) if (x.actions == act[b, 0].numpy()).all(1).any())
         first, T = int(timestep[b, 0]), len(rewards[e])
         assert valid[b].tolist() == [first + k < T for k in range(context)]
+        earned = rewards[e] if mode == "normal" else [0.0] * (T - 1) + [sum(rewards[e])]
         for k in range(min(context, T - first)):
             t = first + k
-            earned = rewards[e] if mode == "normal" else [0.0] * (T - 1) + [sum(rewards[e])]
             assert rtg[b, k, 0].item() == pytest.approx(sum(earned[t:]) / 10, rel=1e-4, abs=1e-4)
-            np.testing.assert_allclose(obs[b, k], episodes[e].observations[t], atol=1e-4)
+            seen = (episodes[e].observations[t] - before.mean(0)) / (before.std(0) + 1e-6)
+            np.testing.assert_allclose(obs[b, k], seen, atol=1e-4, rtol=1e-4)
             np.testing.assert_array_equal(act[b, k], episodes[e].actions[t])
             assert timestep[b, k] == t
 
 
+@pytest.mark.parametrize(("ratio", "kept"), [(1.0, 5), (0.99, 4), (0.4, 2), (0.01, 1), (0.6, 3)])
+def test_ratio_keeps_whole_trajectories_drawn_by_the_seed(five, ratio, kept):
+    seen = set()
+    for seed in range(40):
+        flat = load_trajectories(five[0], ACT, 1.0, ratio, seed=seed)
+        again = load_trajectories(five[0], ACT, 1.0, ratio, seed=seed)
+        assert flat.digest() == again.digest()
+        lengths = set(flat.lengths.tolist())
+        assert len(lengths) == kept  # without replacement
+        assert len(flat) == flat.lengths.sum()
+        assert flat.obs.mean(0).abs().max() < 1e-4  # normalised by the kept part's own statistics
+        seen |= lengths
+    assert seen == {4, 1, 9, 6, 2}
+    assert (load_trajectories(five[0], ACT).digest() == flat.digest()) == (kept == 5)
+
+
+@settings(max_examples=15, deadline=None)
+@given(st.floats(1e-3, 1e6), st.booleans())
+def test_the_scale_makes_the_largest_return_1_to_10(largest, negative):
+    episode = random_episode(np.random.default_rng(0), 2, [-largest if negative else largest, 0.0])
+    scale = load_trajectories(make_dataset([episode]), ACT).scale
+    assert largest / scale >= 1 - 1e-9
+    assert largest / scale < 10
+    assert f"{scale:e}".startswith("1.000000e")
+
+
+def flat_numbers(lengths):
+    """Trajectories whose every number tells which transition it is of, from episode lengths."""
+    number = torch.arange(sum(lengths), dtype=torch.float32)[:, None]
+    ends = itertools.accumulate(lengths)
+    end = torch.cat([torch.full((T,), end) for T, end in zip(lengths, ends, strict=True)])
+    timestep = torch.cat([torch.arange(T) for T in lengths])
+    stats = torch.zeros(1), torch.ones(1), 1.0, np.zeros(len(lengths)), np.array(lengths)
+    return data.Trajectories(number, number, number, timestep, end, *stats)
+
+
 def test_first_steps_are_uniform_over_transitions():
-    flat = flat_numbers([1, 30, 3, 16])
     rng = torch.Generator().manual_seed(0)
-    drawn = sample_windows(flat, 50_000, 4, rng)[0][:, 0, 0].long()
+    drawn = sample_windows(flat_numbers([1, 30, 3, 16]), 50_000, 4, rng)[0][:, 0, 0].long()
     counts = torch.bincount(drawn, minlength=50).numpy()
     assert chisquare(counts).pvalue > 1e-3
-    skewed = counts + np.where(np.arange(50) == 0, 300, 0)  # the test itself can fail
-    assert chisquare(skewed).pvalue < 1e-3
 
 
-# --- pictures ------------------------------------------------------------------------------------
-
-PICTURES = gym.spaces.Box(0, 255, (40, 50, 3), np.uint8)
-
-
-def picture_episode(rng, length):
-    return EpisodeBuffer(
-        observations=rng.integers(0, 256, (length + 1, 40, 50, 3), np.uint8),
-        actions=rng.integers(0, 3, length),
-        rewards=rng.normal(size=length),
-        terminations=np.arange(length) == length - 1,
-        truncations=np.zeros(length, bool),
-    )
-
-
-def picture_dataset(lengths, **how):
-    rng = np.random.default_rng(0)
-    episodes = [picture_episode(rng, n) for n in lengths]
-    made = minari.create_dataset_from_buffers(
-        f"test/pictures-v{next(VERSION)}",
-        episodes,
-        observation_space=PICTURES,
-        action_space=gym.spaces.Discrete(3),
-        ref_min_score=0.0,
-        **how,
-    )
-    return read_dataset(Path(made.spec.data_path).parent), episodes
+@settings(max_examples=40, deadline=None)
+@given(st.lists(st.integers(1, 12), min_size=1, max_size=8), st.integers(1, 7), st.integers(0, 99))
+def test_states_of_frames_equal_a_loop_over_stacks(lengths, context, seed):
+    """Frame i shows i + 1; a state is the frame and the three before it, black before a start."""
+    flat, generator = flat_numbers(lengths), torch.Generator().manual_seed(seed)
+    flat.obs = torch.arange(1, len(flat) + 1, dtype=torch.uint8)[:, None, None].expand(-1, 2, 2)
+    rtg, obs, _, timestep, valid = sample_windows(flat, 8, context, generator)
+    assert obs.shape == (8, context + data.STACK - 1, 2, 2)
+    for b, k in valid.nonzero().tolist():
+        number, t = int(rtg[b, k, 0]), int(timestep[b, k])
+        stack = [number - back + 1 if back <= t else 0 for back in (3, 2, 1, 0)]
+        assert obs[b, k : k + data.STACK, 0, 0].tolist() == stack
+        assert (obs[b, k : k + data.STACK] == obs[b, k : k + data.STACK, :1, :1]).all()
 
 
-@pytest.mark.parametrize("part", [1, 4, 256])
 @pytest.mark.parametrize("how", [{}, {"jpeg_encoding": False}, {"data_format": "arrow"}], ids=str)
-def test_frames_are_the_pictures_made_small(monkeypatch, part, how):
-    monkeypatch.setattr(data, "PICTURES_AT_A_TIME", part)
-    dataset, written = picture_dataset([5, 1, 9], **how)
-    flat = load_trajectories(dataset, gym.spaces.Discrete(3))
-    assert flat.obs.dtype == torch.uint8
+def test_frames_are_the_pictures_made_small(how):
+    rng = np.random.default_rng(0)
+    written = [random_episode(rng, n, pictures=True) for n in (5, 1, 300)]  # read in parts of 256
+    made = folder_of(make_dataset(written, PICTURES, CHOICE, **how))
+    dataset, _, _ = find_dataset("x", HOPPER, 1.0, str(made))
+    flat, n = load_trajectories(dataset, CHOICE), 0
     assert flat.obs_mean.shape == flat.obs_std.shape == (0,)
-    n = 0
-    for episode, original in zip(dataset.iterate_episodes(), written, strict=True):
-        T = len(episode)
-        if how == {"jpeg_encoding": False}:
-            np.testing.assert_array_equal(episode.observations, original.observations)
-        assert torch.equal(flat.obs[n : n + T], shrink(episode.observations[:T]))
-        assert flat.act[n : n + T].tolist() == original.actions.tolist()
+    for i, (episode, e) in enumerate(zip(dataset.iterate_episodes(), written, strict=True)):
+        T = len(e.actions)
+        frames = e.observations if how == {"jpeg_encoding": False} else episode.observations
+        frames = torch.as_tensor(shrink(frames))
+        assert torch.equal(flat.obs[n : n + T], frames[:T])
+        assert torch.equal(flat.last_obs[i], frames[T])
+        assert flat.act[n : n + T].tolist() == e.actions.tolist()
         n += T
     assert n == len(flat)
 
 
-@settings(max_examples=40, deadline=None)
-@given(st.lists(st.integers(1, 9), min_size=1, max_size=6), st.integers(1, 7), st.integers(0, 1000))
-def test_states_of_frames_equal_a_loop_over_stacks(lengths, context, seed):
-    """Frame i shows i + 1; a state is the frame and the three before it, black before a start."""
-    flat = flat_numbers(lengths)
-    flat.obs = torch.arange(1, len(flat) + 1, dtype=torch.uint8)[:, None, None].expand(-1, 2, 2)
-    rtg, obs, _, timestep, valid = sample_windows(
-        flat, 8, context, torch.Generator().manual_seed(seed)
-    )
-    assert obs.shape == (8, context + STACK - 1, 2, 2)
-    for b in range(8):
-        for k in range(context):
-            if valid[b, k]:
-                number, t = int(rtg[b, k, 0]), int(timestep[b, k])
-                stack = [number - back + 1 if back <= t else 0 for back in (3, 2, 1, 0)]
-                assert obs[b, k : k + STACK, 0, 0].tolist() == stack
-                assert (obs[b, k : k + STACK] == obs[b, k : k + STACK, :1, :1]).all()
+# --- which dataset, and what is refused ----------------------------------------------------------
 
 
-def test_the_model_reads_the_states_of_overlapping_frames():
-    """FrameEncoder on a window equals its layers on one stack at a time."""
-    encoder = FrameEncoder(16, "mlp")
-    frames = torch.randint(0, 256, (2, 6 + STACK - 1, 84, 84), dtype=torch.uint8)
-    together = encoder(frames)
-    assert together.shape == (2, 6, 16)
-    for k in range(6):
-        stack = frames[:, k : k + STACK].float() / 255  # (2, STACK, 84, 84)
-        assert torch.allclose(together[:, k], encoder.mlp(encoder.conv(stack)), atol=1e-5)
+def test_which_dataset_is_taken(tmp_path, monkeypatch):
+    """The task's own before the recorded one before the bundled part, of those large enough."""
+    monkeypatch.setenv("MINARI_DATASETS_PATH", str(tmp_path))
+
+    def taken(ratio):
+        dataset, share, note = find_dataset("hopper", HOPPER, ratio)
+        assert str(folder_of(dataset)).removeprefix(f"{BUNDLED}/") in note
+        return folder_of(dataset), share
+
+    bundled, recorded = BUNDLED / HOPPER.bundled, tmp_path / HOPPER.recorded
+    assert taken(0.01) == (bundled, 0.01)
+    with refused(match="--ratio 0.02.*experiments.collect --env hopper --steps 1000000"):
+        taken(0.02)
+    shutil.copytree(bundled, recorded)
+    (recorded / "about.json").write_text('{"share": 0.005}')
+    assert taken(0.005) == (recorded, 0.005)
+    assert taken(0.01) == (bundled, 0.01)
+    with refused(match="--ratio 0.02"):
+        taken(0.02)
+    (recorded / "about.json").unlink()
+    assert taken(0.02) == (recorded, 1.0)
+    own = HOPPER.minari.format(quality="medium")
+    make_dataset([random_episode(np.random.default_rng(0), 3)], name=own)
+    assert taken(0.01) == (tmp_path / own, 1.0)
+    with refused(match="minari download mujoco/hopper/expert-v0"):  # no other quality instead
+        find_dataset("hopper", HOPPER, 0.01, quality="expert")
 
 
-# --- what is refused -----------------------------------------------------------------------------
+def test_a_dataset_asked_for_is_found_or_an_error(five, tmp_path):
+    folder = folder_of(five[0])
+    for name in (five[0].spec.dataset_id, str(folder)):
+        found, share, _ = find_dataset("hopper", HOPPER, 1.0, name)
+        assert (folder_of(found), share) == (folder, 1.0)
+    for name in (HOPPER.bundled, str(BUNDLED / HOPPER.bundled)):
+        assert find_dataset("hopper", HOPPER, 0.01, name)[1] == 0.01
+        with refused(match="--ratio 1"):
+            find_dataset("hopper", HOPPER, 1.0, name)
+    for name in ("mujoco/nothing/medium-v0", str(tmp_path), str(tmp_path / "absent")):
+        with refused(match=name):
+            find_dataset("hopper", HOPPER, 0.01, name)
 
 
-def nan_observation(e):
-    e.observations[2, 1] = np.nan
+def test_the_bundled_set_is_what_it_says():
+    dataset, share, _ = find_dataset("hopper", HOPPER, 0.01, HOPPER.bundled)
+    about = json.loads((BUNDLED / HOPPER.bundled / "about.json").read_text())
+    flat = load_trajectories(dataset, dataset.action_space, HOPPER.scale, 0.01 / share)
+    assert (len(flat), len(flat.lengths)) == (about["steps"], about["episodes"])
+    assert flat.returns.mean() == pytest.approx(about["return_mean"], rel=1e-5)
 
 
-def infinite_reward(e):
-    e.rewards[1] = np.inf
-
-
-def nan_action(e):
-    e.actions[0, 0] = np.nan
-
-
-@pytest.mark.parametrize(
-    ("spoil", "message"),
-    [
-        (nan_observation, "episode 1 has a NaN or infinite observation"),
-        (infinite_reward, "episode 1 has a NaN or infinite reward"),
-        (nan_action, "episode 1 has a NaN or infinite action"),
-    ],
-)
-def test_values_that_are_not_finite_are_refused(spoil, message):
-    rng = np.random.default_rng(0)
-    episodes = [random_episode(rng, 4), random_episode(rng, 5)]
-    spoil(episodes[1])
-    with pytest.raises(UserError, match=message):
-        load_trajectories(make_dataset("spoilt", episodes), ACT, 1.0)
-
-
-def test_an_empty_episode_is_refused(five_episodes):
-    dataset, _ = five_episodes
-    with h5py.File(Path(dataset.spec.data_path) / "main_data.hdf5", "r+") as file:
-        group = file["episode_1"]  # Minari itself does not write such a one
-        for key in ("observations", "actions", "rewards", "terminations", "truncations"):
-            values = group[key][: key == "observations"]
-            del group[key]
-            group[key] = values
-    with pytest.raises(UserError, match="episode 1 is empty"):
+@pytest.mark.parametrize("kind", ["observations", "actions", "rewards"])
+@pytest.mark.parametrize("spoil", [np.nan, np.inf, "short", "gone"])
+def test_data_that_cannot_be_learnt_from_are_refused(five, kind, spoil):
+    dataset, key = five[0], f"episode_1/{kind}"
+    with h5py.File(folder_of(dataset) / "data" / "main_data.hdf5", "r+") as file:
+        values = file[key][()]
+        del file[key]
+        if spoil != "gone":
+            file[key] = values[:-1] if spoil == "short" else np.full_like(values, spoil)
+    with refused(match=dataset.spec.dataset_id):
         load_trajectories(dataset, ACT, 1.0)
 
 
-# --- which dataset -------------------------------------------------------------------------------
-
-HOPPER = TASKS["hopper"]
-
-
-def test_bundled_set_is_what_it_says_and_serves_small_ratios_only():
-    dataset, share, note = find_dataset("hopper", HOPPER, 0.01)
-    assert share == 0.01
-    assert "bundled lamo/hopper/medium-1pct-v0" in note
-    assert "no network" in note
-    about = json.loads((data.BUNDLED / HOPPER.bundled / "about.json").read_text())
-    space = dataset.action_space
-    flat = load_trajectories(dataset, space, HOPPER.scale, 0.01 / share)
-    assert len(flat) == about["steps"]
-    assert len(flat.lengths) == about["episodes"]
-    assert flat.returns.mean() == pytest.approx(about["return_mean"], rel=1e-5)
-    half = load_trajectories(dataset, space, HOPPER.scale, 0.005 / share)
-    assert len(half.lengths) == about["episodes"] // 2
-    with pytest.raises(UserError, match="--steps 1000000") as caught:
-        find_dataset("hopper", HOPPER, 0.02)
-    assert "--ratio 0.02 asks for more than the 0.01 of" in str(caught.value)
-    for name in (HOPPER.bundled, str(data.BUNDLED / HOPPER.bundled)):  # by name too
-        assert find_dataset("hopper", HOPPER, 0.01, name)[1] == 0.01
-        with pytest.raises(UserError, match=r"more than the 0\.01 of"):
-            find_dataset("hopper", HOPPER, 1.0, name)
-
-
-def test_bundled_set_replays_in_the_environment():
-    """The recorded actions, from the recorded seeds, give the recorded rewards again."""
-    dataset, _, _ = find_dataset("hopper", HOPPER, 0.01)
-    env = gym.make(HOPPER.env_id)
-    metadata = list(dataset.storage.get_episode_metadata(range(2)))
-    for episode, about in zip(dataset.iterate_episodes(range(2)), metadata, strict=True):
-        observation, _ = env.reset(seed=int(about["seed"]))
-        np.testing.assert_allclose(observation, episode.observations[0], rtol=1e-5, atol=1e-6)
-        for t in range(100):
-            observation, reward, *_ = env.step(episode.actions[t])
-            assert reward == pytest.approx(episode.rewards[t], rel=1e-6)
-            np.testing.assert_allclose(
-                observation, episode.observations[t + 1], rtol=1e-4, atol=1e-5
-            )
-
-
-def test_a_recorded_set_is_preferred_to_the_bundled_one(tmp_path, monkeypatch):
-    monkeypatch.setenv("MINARI_DATASETS_PATH", str(tmp_path))
-    rng = np.random.default_rng(0)
-    for name in (HOPPER.recorded, HOPPER.dataset.format(quality="medium")):
-        minari.create_dataset_from_buffers(
-            name,
-            [random_episode(rng, 3)],
-            observation_space=OBS,
-            action_space=ACT,
-            ref_min_score=0.0,
-        )
-        dataset, share, note = find_dataset("hopper", HOPPER, 1.0)
-        assert dataset.spec.dataset_id == name  # and the task's own before the recorded one
-        assert share == 1.0
-        assert name in note
-
-
-def test_a_short_recording_does_not_stand_before_the_bundled_set(tmp_path, monkeypatch):
-    monkeypatch.setenv("MINARI_DATASETS_PATH", str(tmp_path))
-    recorded = tmp_path / HOPPER.recorded
-    shutil.copytree(BUNDLED / HOPPER.bundled, recorded)
-    (recorded / "about.json").write_text('{"share": 0.005}')
-    for ratio, expected in ((0.005, HOPPER.recorded), (0.01, HOPPER.bundled)):
-        _, _, note = find_dataset("hopper", HOPPER, ratio)
-        assert expected in note.split(", since")[0]
-    with pytest.raises(UserError, match=r"asks for more than the 0.005 .* record a full one"):
-        find_dataset("hopper", HOPPER, 0.02)
-
-
-def test_a_download_is_whole_or_absent(tmp_path, monkeypatch):
-    """Minari's downloader puts file after file in place; here it fails, then is repeated."""
-    local = tmp_path / "datasets"
-    monkeypatch.setenv("MINARI_DATASETS_PATH", str(local))
-    rng = np.random.default_rng(0)
-
-    def download(name, whole):
-        create = minari.create_dataset_from_buffers
-        spaces = dict(observation_space=OBS, action_space=ACT, ref_min_score=0.0)
-        made = create(name, [random_episode(rng, 3)], **spaces)
-        if not whole:
-            (Path(made.spec.data_path) / "main_data.hdf5").unlink()
-            raise ConnectionError("gone")
-
-    monkeypatch.setattr(minari, "download_dataset", lambda name: download(name, whole=False))
-    with pytest.raises(ConnectionError):
-        data.download_dataset("test/set-v0", local)
-    assert [p for p in local.rglob("*") if p.is_file() and p.suffix != ".lock"] == []
-    partial = local / "test" / "set-v0" / "data"  # what an older interrupted download left
-    partial.mkdir(parents=True)
-    (partial / "metadata.json").write_text("{}")
-    killed = local / "test" / ".set-v0.abcd1234" / "test"  # what a killed one left
-    killed.mkdir(parents=True)
-    (killed / "main_data.hdf5").write_bytes(b"a part")
-    monkeypatch.setattr(minari, "download_dataset", lambda name: download(name, whole=True))
-    folder = data.download_dataset("test/set-v0", local)
-    assert read_dataset(folder).total_episodes == 1
-    assert os.environ["MINARI_DATASETS_PATH"] == str(local)
-    assert [path.name for path in (local / "test").iterdir() if path.is_dir()] == ["set-v0"]
-
-
-def test_a_dataset_asked_for_by_name_is_found_or_an_error(five_episodes):
-    dataset, _ = five_episodes
-    found, share, note = find_dataset("hopper", HOPPER, 1.0, dataset.spec.dataset_id)
-    assert found.spec.dataset_id == dataset.spec.dataset_id
-    folder = Path(dataset.spec.data_path).parent
-    found, share, note = find_dataset("hopper", HOPPER, 1.0, str(folder))
-    assert (share, note) == (1.0, f"{folder}, as asked")
-    with pytest.raises(UserError, match="minari download mujoco/hopper/expert-v0"):
-        find_dataset("hopper", HOPPER, 0.01, "mujoco/hopper/expert-v0")
-    (folder / "data" / "main_data.hdf5").write_bytes(b"not HDF5")
-    with pytest.raises(UserError, match="no readable Minari dataset"):
+@pytest.mark.parametrize("name", ["main_data.hdf5", "metadata.json"])
+@pytest.mark.parametrize("half", [True, False])
+def test_a_damaged_dataset_is_refused(five, name, half):
+    folder = folder_of(five[0])
+    path = folder / "data" / name
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2] if half else b"x")
+    with refused(match=str(folder)):
         load_trajectories(find_dataset("hopper", HOPPER, 1.0, str(folder))[0], ACT, 1.0)
+
+
+def test_a_dataset_without_an_episode_is_refused(five):
+    with refused(match=five[0].spec.dataset_id):
+        load_trajectories(five[0].filter_episodes(lambda episode: False), ACT)
+
+
+# --- text ----------------------------------------------------------------------------------------
+
+
+def hub_cache(repository, files):
+    """Lay files out in a repository's folder as huggingface_hub caches them: name -> bytes."""
+    laid_out = {"refs/main": b"abc"} | {f"snapshots/abc/{k}": x for k, x in files.items()}
+    for name, content in laid_out.items():
+        (repository / name).parent.mkdir(parents=True, exist_ok=True)
+        (repository / name).write_bytes(content)
+
+
+def test_gpt2s_bpe_gives_the_published_token_ids(shared, monkeypatch, tmp_path):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.delenv("TIKTOKEN_CACHE_DIR", raising=False)
+    with refused(match="openai-community/gpt2 merges.txt"):
+        get_encoding(50257)
+    with refused(match="--lm-coef 0"):
+        get_encoding(1000)
+    folder = shared("tiktoken")
+    monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(folder))
+    theirs = get_encoding(50257)
+    for case in json.loads(shared("gpt2/golden_logits.json").read_text()):
+        assert theirs.encode_ordinary(case["prompt"]) == case["token_ids"]
+    names = {  # as tiktoken names what it fetches
+        "merges.txt": "6d1cbeee0f20b3d9449abfede4726ed8212e3aee",
+        "vocab.json": "6c7ea1a7e38e3a7f062df639a5b80947f075ffe6",
+    }
+    files = {name: (folder / cached).read_bytes() for name, cached in names.items()}
+    hub_cache(tmp_path / "models--openai-community--gpt2", files)
+    monkeypatch.delenv("TIKTOKEN_CACHE_DIR")
+    ours = get_encoding(50257)  # from the hub's files: the same
+    text = shared("text/wikitext-2-test.txt").read_text()[:50_000] + " 123 naïve 日本 <|endoftext|>"
+    tokens = ours.encode_ordinary(text)
+    assert tokens == theirs.encode_ordinary(text)
+    assert ours.decode(tokens) == text
+    assert ours.n_vocab == 50257
+
+
+@settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(text=st.text(min_size=1, max_size=300), many=st.sampled_from([1, 1, 1, 5000]))
+def test_byte_tokens_are_the_bytes_of_the_whole_text(tmp_path, text, many):
+    path, encoding = tmp_path / "text.txt", get_encoding(257)
+    path.write_bytes(text.encode() * many)  # in pieces of a million characters
+    tokens = tokenise(path, encoding, length=0)
+    assert tokens.dtype == np.uint16
+    assert bytes(tokens.astype(np.uint8)) == text.encode() * many
+    assert encoding.decode(tokens[: len(text.encode())].tolist()) == text
+
+
+def test_tokens_are_cached_by_content(tmp_path, monkeypatch):
+    monkeypatch.setenv("LAMO_CACHE", str(tmp_path / "cache"))
+    path, found = tmp_path / "text.txt", []
+    for text, files in (("hello", 1), ("hello", 1), ("hallo", 2)):
+        path.write_text(text)
+        found.append(bytes(tokenise(path, get_encoding(257)).astype(np.uint8)).decode())
+        assert len(list((tmp_path / "cache" / "tokens").iterdir())) == files
+    assert found == ["hello", "hello", "hallo"]
+
+
+@pytest.mark.parametrize("content", ["café ".encode("latin-1") * 10, b"", b"0123456789", None])
+def test_texts_that_cannot_be_used_are_refused(tmp_path, content):
+    path = tmp_path / "text.txt"
+    if content is not None:
+        path.write_bytes(content)
+    with refused(match=str(path)):
+        tokenise(path, get_encoding(257), length=10)
+    if content:
+        path.write_bytes(content.replace(b"\xe9", b"e") + b".")  # one token more, and UTF-8
+        assert len(tokenise(path, get_encoding(257), length=10)) == len(content) + 1
+
+
+@settings(deadline=None)
+@given(st.integers(2, 200), st.integers(1, 5), st.integers(0, 100))
+def test_blocks_of_text_and_their_targets(n, batch, seed):
+    tokens, length = np.arange(n, dtype=np.uint16), max(1, n // 3)
+    x, y = data.sample_text(tokens, batch, length, torch.Generator().manual_seed(seed))
+    assert x.shape == y.shape == (batch, length)
+    assert torch.equal(y, x + 1)
+    assert torch.equal(x - x[:, :1], torch.arange(length).expand(batch, -1))
+    assert y.max() <= n - 1
+
+
+def test_which_text_is_taken(tmp_path, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setenv("LAMO_CACHE", str(tmp_path / "cache"))
+    manual, _ = data.find_text()  # the mini LM's, without a network
+    assert "exception" in manual.read_text(encoding="utf-8")
+    assert data.find_text("english", byte_level=False)[0] == manual
+    assert data.find_text("my/text.txt")[0] == Path("my/text.txt")
+    for corpus, byte_level in ((None, False), ("wikitext", True)):
+        with refused(match="--corpus FILE"):
+            data.find_text(corpus, byte_level)
+    rows, files = [["", " = Title = \n", " Été . \n"], [" next \n"]], {}
+    for name, part in zip(data.WIKITEXT_FILES, rows, strict=True):
+        pq.write_table(pa.table({"text": part}), tmp_path / "x.parquet")
+        files[name] = (tmp_path / "x.parquet").read_bytes()
+    hub_cache(tmp_path / "hub" / "datasets--Salesforce--wikitext", files)
+    for corpus in (None, "wikitext"):
+        assert data.find_text(corpus)[0].read_bytes().decode() == "".join(rows[0] + rows[1])
+    assert data.find_text("english")[0] == manual

@@ -5,8 +5,6 @@ import numpy as np
 import pytest
 from gymnasium.utils.env_checker import check_env
 
-import reacher2d
-
 
 @pytest.fixture
 def env():
@@ -28,8 +26,7 @@ def test_an_episode_is_100_steps():
     env = gym.make("reacher2d:lamo/Reacher2d-v0")
     env.reset(seed=0)
     ends = [env.step(env.action_space.sample())[2:4] for _ in range(100)]
-    assert ends[:-1] == [(False, False)] * 99
-    assert ends[-1] == (False, True)
+    assert ends == [(False, False)] * 99 + [(False, True)]
 
 
 @pytest.mark.parametrize("q", [(0, 0), (np.pi / 2, 0), (0, np.pi / 2), (0.3, -1.2), (2, 2)])
@@ -43,27 +40,16 @@ def test_the_tip_and_the_observation_follow_from_the_angles(env, q):
     goal = np.array([0.1, -0.8])
     expected = [*np.sin(q), *np.cos(q), 0, 0, *tip, *goal, *(tip - goal)]
     np.testing.assert_allclose(observation, expected, atol=1e-9)
+    env.data.qvel[:] = 0.2, -0.3
+    np.testing.assert_allclose(env.observe()[4:6], [0.15 * 0.2, 0.15 * -0.3])  # of a step to come
 
 
-def test_the_velocity_seen_is_the_step_to_come(env):
-    place(env, (0.5, -0.5), velocity=(0.2, -0.3))
-    np.testing.assert_allclose(env.observe()[4:6], [0.15 * 0.2, 0.15 * -0.3])
-
-
-@pytest.mark.parametrize(
-    ("goal", "reward"),
-    [
-        ((1.05, 0.0), 1.0),  # the tip of a stretched arm
-        ((1.05 - 0.09, 0.0), 1.0),
-        ((1.05 - 0.11, 0.0), 0.0),
-        ((1.05 - 0.06, 0.06), 0.0),  # 0.085 away, but |x| + |y| is 0.12
-        ((1.05 - 0.04, -0.05), 1.0),
-        ((-1.0, 0.0), 0.0),
-    ],
-)
-def test_reward_is_the_sum_of_distances_below_a_tenth(env, goal, reward):
-    place(env, (0, 0), goal)
-    assert env.step(np.zeros(2))[1] == reward
+def test_reward_is_for_a_sum_of_distances_below_a_tenth(env):
+    near = [(1.05, 0.0), (1.05 - 0.09, 0.0), (1.05 - 0.04, -0.05)]  # 1.05: of a stretched arm
+    far = [(1.05 - 0.11, 0.0), (1.05 - 0.06, 0.06), (-1.0, 0.0)]  # the second is 0.085 away
+    for goal in near + far:
+        place(env, (0, 0), goal)
+        assert env.step(np.zeros(2))[1] == (goal in near)
 
 
 def test_torque_against_damping_gives_one_radian_a_second(env):
@@ -78,18 +64,13 @@ def test_torque_against_damping_gives_one_radian_a_second(env):
     assert env.data.qvel[0] == pytest.approx(1.0, abs=0.02)
 
 
-def test_damping_takes_the_energy_and_nothing_else_acts(env):
+def test_damping_takes_the_energy(env):
     place(env, (0.4, 0.7), velocity=(3.0, -2.0))
-    before = np.inf
+    energies = []
     for _ in range(30):
         env.step(np.zeros(2))
-        energy = float((env.data.qvel**2).sum())
-        assert energy < before
-        before = energy
-    assert env.dt == pytest.approx(0.15)
-    assert env.model.opt.gravity.tolist() == [0, 0, 0]
-    assert env.model.dof_armature.tolist() == [0.05, 0.05]
-    assert env.model.dof_damping.tolist() == [1, 1]
+        energies.append(float((env.data.qvel**2).sum()))
+    assert (np.diff(energies) < 0).all()
 
 
 def test_starts_and_goals_are_spread_as_described(env):
@@ -108,16 +89,3 @@ def test_starts_and_goals_are_spread_as_described(env):
     np.testing.assert_allclose(np.mean(radius**2), 0.625, rtol=0.02)
     np.testing.assert_allclose(np.std(radius**2), 0.75 / np.sqrt(12), rtol=0.05)
     np.testing.assert_allclose(np.mean(goals, axis=0), 0, atol=0.05)
-
-
-def test_a_seed_repeats_an_episode(env):
-    def play():
-        observation, _ = env.reset(seed=5)
-        seen = [observation]
-        for t in range(20):
-            observation, reward, *_ = env.step(np.array([np.sin(t), np.cos(t)]))
-            seen.append(np.append(observation, reward)[:12])
-        return np.array(seen)
-
-    np.testing.assert_array_equal(play(), play())
-    assert reacher2d.EPISODE_STEPS == 100

@@ -1,208 +1,276 @@
-"""train.py --resume: a run that was stopped ends as one that was not, bit for bit."""
+"""A run that is stopped, killed or out of disk goes on and ends as an undisturbed one, to the bit.
+
+LAMO_KILLS=30 python -m pytest -s tests/test_resume.py kills more often, a line for each kill.
+"""
 
 import json
 import os
+import random
+import resource
 import shutil
 import signal
-import subprocess
-import sys
 import time
-from pathlib import Path
+from types import SimpleNamespace
 
+import h5py
+import minari
 import numpy as np
 import pytest
 import torch
-from runs import assert_same, outcome
+import torch.nn.functional as F
+from runs import SHORT, TORCHRUN, assert_same, call, finish, log_of, outcome, start, wait_for
 
 import train
-from data import BUNDLED
-from plumbing import UserError
+from data import BUNDLED, load_text, load_trajectories, sample_text, sample_windows
+from tasks import find_environment, find_task
+from train import build_model, read_checkpoint
+from utils import UserError
 
-ROOT = Path(__file__).resolve().parent.parent
-SHORT = ["--ratio", 0.01, "--steps", 11, "--eval-every", 4, "--log-every", 3, "--episodes", 1]
-SHORT += ["--batch", 8, "--context", 5, "--lm-length", 64, "--warmup", 2, "--episode-limit", 20]
-SHORT += ["--dropout", 0.1]  # the short preset has none: its masks must go on, too
-
-
-def command(monkeypatch, *arguments):
-    monkeypatch.setattr(sys, "argv", ["train.py", *map(str, arguments)])
-    train.main()
+KILLS = int(os.environ.get("LAMO_KILLS", "2"))
+LONG = [*SHORT, "--steps", 80, "--eval-every", 30, "--log-every", 5]  # some seconds
+SLOW_DISK = """
+import os, runpy, sys, time
+for name in ("fsync", "replace"):
+    def slow(*arguments, really=getattr(os, name)):
+        time.sleep(0.1)
+        return really(*arguments)
+    setattr(os, name, slow)
+runpy.run_path("train.py", run_name="__main__")
+"""
 
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
-    """What an uninterrupted run leaves behind."""
+    """What an undisturbed run leaves behind."""
     out = tmp_path_factory.mktemp("whole")
-    with pytest.MonkeyPatch.context() as patch:
-        command(patch, *SHORT, "--out", out, "--name", "run")
+    call(train.main, *LONG, "--out", out, "--name", "run")
     return outcome(out / "run")
 
 
-STOPS = {  # where a run is stopped: a function of train.py's, and at which of its calls
-    "before anything is saved": ("rollout", 1),
-    "before an evaluation is recorded": ("record_evaluation", 2),
-    "after an evaluation": ("append_to_log", 2),
-    "while the checkpoint is written": ("save_checkpoint", 2),
-    "before what resuming needs is written": ("save_run", 2),
-    "between evaluations": ("append_to_log", 4),
-    "before the score": ("end_run", 1),
-}
+def stop(out, number, *words, after="log.jsonl"):
+    """A run that gets a signal once it has written to a file. Returns its folder and output."""
+    process = start("train.py", *LONG, "--out", out, "--name", "run", *words)
+    wait_for(out / "run" / after, process)
+    process.send_signal(number)
+    printed, _ = finish(process, 128 + number)
+    assert f"--resume {out / 'run'}" in printed
+    return out / "run"
 
 
-def stop_a_run(monkeypatch, out, name, at):
-    """Begin a run, and interrupt it at call number `at` of the function `name` of train.py."""
-    original, calls = getattr(train, name), []
-
-    def stop(*arguments, **named):
-        calls.append(name)
-        if len(calls) == at:
-            raise KeyboardInterrupt
-        return original(*arguments, **named)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(train, name, stop)
-        with pytest.raises(KeyboardInterrupt):
-            command(patch, *SHORT, "--out", out, "--name", "run")
-
-
-@pytest.mark.parametrize("where", STOPS)
-def test_a_stopped_run_ends_as_a_whole_one(where, whole, tmp_path, monkeypatch):
-    stop_a_run(monkeypatch, tmp_path, *STOPS[where])
-    assert not (tmp_path / "run" / "result.json").exists()
-    (tmp_path / "run" / ".ckpt.pt.a1b2c3d4").write_bytes(b"half a checkpoint")  # by a kill
-    command(monkeypatch, "--resume", tmp_path / "run")
-    assert_same(tmp_path / "run", whole)
-    with pytest.raises(UserError, match="is finished; its score is in"):
-        command(monkeypatch, "--resume", tmp_path / "run")
-
-
-def test_a_dataset_recorded_since_does_not_stand_in_for_the_one_it_began_on(
-    whole, tmp_path, monkeypatch
-):
-    """As README recommends to record it: a run that begins now would take it."""
-    stop_a_run(monkeypatch, tmp_path, *STOPS["between evaluations"])
-    recorded = tmp_path / "minari" / "lamo/hopper/medium-v0"
-    shutil.copytree(BUNDLED / "lamo/hopper/medium-1pct-v0", recorded)
-    (recorded / "about.json").write_text('{"share": 0.5}')  # other episodes for the same ratio
-    monkeypatch.setenv("MINARI_DATASETS_PATH", str(tmp_path / "minari"))
-    command(monkeypatch, "--resume", tmp_path / "run")
-    assert_same(tmp_path / "run", whole)
-
-
-def test_a_killed_process_is_resumed_by_another(whole, tmp_path):
-    begin = [sys.executable, str(ROOT / "train.py"), *map(str, SHORT)]
-    begin += ["--out", str(tmp_path), "--name", "run"]
-    folder = tmp_path / "run"
-    process = subprocess.Popen(begin, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    while not (folder / "resume.pt").exists() and process.poll() is None:
-        time.sleep(0.01)
-    os.kill(process.pid, signal.SIGKILL)
-    process.wait()
-    again = [sys.executable, str(ROOT / "train.py"), "--resume", str(folder)]
-    if process.returncode:  # else it was faster than the signal
-        done = subprocess.run(again, capture_output=True, text=True, check=False)
-        assert done.returncode == 0, done.stderr
-        assert "going on with" in done.stdout
-    assert_same(folder, whole)
-
-
-def test_two_processes_are_resumed_by_two_and_refused_by_one(tmp_path, monkeypatch):
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    flags = [*map(str, SHORT), "--out", str(tmp_path)]
-    subprocess.run([*launcher, "train.py", *flags, "--name", "whole"], cwd=ROOT, check=True)
-    expected = outcome(tmp_path / "whole")
-    # one that is stopped after its first save, as if the machine had gone
-    stopped = tmp_path / "run"
-    process = subprocess.Popen([*launcher, "train.py", *flags, "--name", "run"], cwd=ROOT)
-    while not (stopped / "resume.pt").exists() and process.poll() is None:
-        time.sleep(0.01)
-    process.send_signal(signal.SIGTERM)  # torchrun ends its processes
-    process.wait()
-    if not (stopped / "result.json").exists():
-        with pytest.raises(UserError, match="begun by 2 processes, not 1"):
-            command(monkeypatch, "--resume", stopped)
-        subprocess.run([*launcher, "train.py", "--resume", str(stopped)], cwd=ROOT, check=True)
-    rows, result, weights, names = outcome(stopped)
-    assert (rows, names) == (expected[0], expected[3])
-    assert result["score"] == expected[1]["score"]
-    for key, tensor in weights["ckpt.pt"].items():
-        assert torch.equal(tensor, expected[2]["ckpt.pt"][key]), key
+@pytest.fixture(scope="module")
+def stopped(tmp_path_factory):
+    return stop(tmp_path_factory.mktemp("stopped"), signal.SIGTERM)
 
 
 @pytest.fixture
-def stopped(tmp_path, monkeypatch):
-    """A run that was stopped after its first save."""
-    stop_a_run(monkeypatch, tmp_path, "save_run", 2)
-    return tmp_path / "run"
+def copy(stopped, tmp_path):
+    """The folder of a stopped run, of one's own."""
+    return shutil.copytree(stopped, tmp_path / "run")
 
 
-def test_what_cannot_be_resumed_is_said_in_one_line(stopped, monkeypatch, tmp_path):
-    def says(*arguments):
-        with pytest.raises(UserError) as error:
-            command(monkeypatch, "--resume", *arguments)
-        assert "\n" not in str(error.value)
-        return str(error.value)
-
-    assert "--lr is as it was when the run began" in says(stopped, "--lr", 1)
-    assert "it has no config.json" in says(tmp_path / "nowhere")
-    assert "it has no config.json" in says(tmp_path)
-    config = json.loads((stopped / "config.json").read_text())
-
-    def rewritten(**parts):
-        (stopped / "config.json").write_text(json.dumps(config | parts))
-
-    rewritten(data=config["data"] | {"sha256": "0" * 64})
-    assert "with other numbers in it: put the former back, or begin anew" in says(stopped)
-    rewritten(base=config["base"] | {"sha256": "0" * 64})
-    assert "was begun on other weights" in says(stopped)
-    (stopped / "config.json").write_text("{")
-    assert "config.json is damaged" in says(stopped)
-    rewritten()
-    whole = (stopped / "resume.pt").read_bytes()
-    (stopped / "resume.pt").write_bytes(whole[: len(whole) // 2])
-    assert "resume.pt is damaged" in says(stopped)
-    torch.save({"format": "other"}, stopped / "resume.pt")
-    assert "is another version's" in says(stopped)
-    (stopped / "resume.pt").write_bytes(whole)
-    sound = torch.load(stopped / "resume.pt", weights_only=True)
-    for name, odd in {
-        "totals": torch.zeros(()),
-        "bad": torch.tensor(3),
-        "windows": torch.zeros(3),
-    }.items():
-        torch.save(
-            sound | {"processes": [sound["processes"][0] | {name: odd}]}, stopped / "resume.pt"
-        )
-        assert "does not fit this run; delete resume.pt there" in says(stopped)
-    model = {name: tensor[:1] for name, tensor in sound["model"].items()}
-    torch.save(sound | {"model": model}, stopped / "resume.pt")
-    assert "does not fit this run; delete resume.pt there" in says(stopped)
-    (stopped / "resume.pt").write_bytes(whole)
-    (stopped / "log.jsonl").write_text("")
-    assert "is shorter than it was" in says(stopped)
+# --- signals and kills ---------------------------------------------------------------------------
 
 
-def test_what_has_changed_since_a_run_began_is_said(stopped, monkeypatch, capsys):
-    config = json.loads((stopped / "config.json").read_text())
-    config["versions"]["numpy"] = "1.0"
-    config["git"] = {"commit": "0" * 40, "dirty": False}
-    (stopped / "config.json").write_text(json.dumps(config))
-    command(monkeypatch, "--resume", stopped)
-    said = capsys.readouterr().out
-    assert f"numpy 1.0 when it was begun, {np.__version__} now: it may not end with" in said
-    assert f"commit {'0' * 40} when it was begun" in said
-    assert "torch" not in [line.split()[1] for line in said.splitlines() if " now: " in line]
+def test_sigterm_ends_the_step_and_nothing_is_lost(copy, whole, capsys):
+    step = read_checkpoint(copy / "ckpt.pt")["step"]
+    assert log_of(copy)[-1]["step"] <= step < 80
+    assert not (copy / "result.json").exists()
+    (copy / ".ckpt.pt.123.tmp").write_bytes(b"half a checkpoint")  # as a kill leaves it
+    with open(copy / "log.jsonl", "a") as log:
+        log.write('{"step": 5')  # likewise
+    call(train.main, "--resume", copy)
+    assert_same(outcome(copy), whole)
 
 
-def test_another_text_is_refused(stopped, monkeypatch):
-    config = json.loads((stopped / "config.json").read_text())
-    config["base"]["text"] = "0" * 32 + "-bytes"
-    (stopped / "config.json").write_text(json.dumps(config))
-    with pytest.raises(UserError, match="was begun on another text: the Python manual"):
-        command(monkeypatch, "--resume", stopped)
+def test_sigint_likewise_and_wiki_rl_keeps_its_words(tmp_path):
+    """Also where a language loss moves the words that tokens are pulled to."""
+    words = ["--method", "wiki-rl", "--lm-coef", 1, "--similarity", 1]
+    call(train.main, *LONG, "--out", tmp_path / "whole", "--name", "run", *words)
+    folder = stop(tmp_path, signal.SIGINT, *words)
+    call(train.main, "--resume", folder)
+    assert_same(outcome(folder), outcome(tmp_path / "whole" / "run"))
 
 
-def test_a_name_is_a_folder_of_its_own(stopped, monkeypatch):
-    for name, says in (("run", "exists already; give another --name"), ("a/b", "--name is a/b")):
-        with pytest.raises(UserError, match=says):
-            command(monkeypatch, *SHORT, "--out", stopped.parent, "--name", name)
+def test_a_signal_does_not_wait_for_an_evaluation(tmp_path):
+    """It leaves at once, and the run that goes on begins with that evaluation."""
+    words = ["--steps", 3, "--eval-every", 3, "--episodes", 100, "--episode-limit", 0]
+    call(train.main, *SHORT, *words, "--out", tmp_path / "whole", "--name", "run")
+    process = start("train.py", *SHORT, *words, "--out", tmp_path, "--name", "run")
+    while "evaluating" not in process.stderr.readline():  # its bar; universal newlines end it
+        assert process.poll() is None
+    process.send_signal(signal.SIGTERM)
+    finish(process, 143)
+    folder = tmp_path / "run"
+    assert read_checkpoint(folder / "ckpt.pt")["step"] == 3
+    assert [row["step"] for row in log_of(folder)] == [3]
+    assert not (folder / "result.json").exists()
+    call(train.main, "--resume", folder)
+    assert_same(outcome(folder), outcome(tmp_path / "whole" / "run"))
+
+
+def test_a_killed_run_ends_as_a_whole_one(whole, tmp_path):
+    draw = random.Random(int(os.environ.get("LAMO_SEED", "0")))
+    for kill in range(KILLS):
+        folder = tmp_path / f"out{kill}" / "run"
+        words = [*LONG, "--out", folder.parent, "--name", "run"]
+        process, moment = start("-c", SLOW_DISK, *words), draw.uniform(0, 3)
+        wait_for(folder / "config.json", process)
+        time.sleep(moment)
+        process.kill()
+        process.communicate()
+        left = {path.name for path in folder.iterdir()}
+        step = None
+        for name in {"ckpt.pt", "best.pt"} & left:
+            step = read_checkpoint(folder / name)["step"]  # whole at any moment
+        print(f"kill {kill} after {moment:.2f} s, at step {step}, files {sorted(left)}")
+        if step is None:  # nothing to go on from: begin anew
+            shutil.rmtree(folder)
+            call(train.main, *words)
+        elif "result.json" not in left:
+            call(train.main, "--resume", folder)
+        assert_same(outcome(folder), whole)
+
+
+# --- what goes wrong -----------------------------------------------------------------------------
+
+
+def test_a_full_disk_keeps_the_checkpoint_before(tmp_path):
+    """A limit on the size of files: AdamW's moments make the second checkpoint three times the
+    first one's size."""
+    words = [*SHORT, "--method", "dt", "--out", tmp_path, "--name", "run"]
+    call(train.main, *SHORT, "--method", "dt", "--out", tmp_path / "whole", "--name", "run")
+    size = (tmp_path / "whole/run/ckpt.pt").stat().st_size // 2
+    limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))  # noqa: E731
+    _, errors = finish(start("train.py", *words, preexec_fn=limit), 2)
+    assert errors.splitlines()[-1].startswith("error: ")
+    assert "ckpt.pt" in errors.splitlines()[-1]
+    assert "Traceback" not in errors
+    folder = tmp_path / "run"
+    assert read_checkpoint(folder / "ckpt.pt")["step"] == 0
+    assert not [path for path in folder.iterdir() if path.name[0] == "."]
+    call(train.main, "--resume", folder)
+    assert_same(outcome(folder), outcome(tmp_path / "whole" / "run"))
+
+
+@pytest.mark.parametrize("log_every", [1, 100])
+def test_numbers_that_are_not_finite_end_the_run_unsaved(log_every, tmp_path):
+    """The first update overflows: the loss of step 2 is NaN, and so are the weights of step 1."""
+    words = ["--lr", 1e39, "--warmup", 1, "--eval-every", 3, "--log-every", log_every]
+    with pytest.raises(UserError, match="--lr") as error:
+        call(train.main, *SHORT, *words, "--out", tmp_path, "--name", "run")
+    assert "\n" not in str(error.value)
+    checkpoint = read_checkpoint(tmp_path / "run" / "ckpt.pt")
+    assert checkpoint["step"] == 0
+    assert all(tensor.isfinite().all() for tensor in checkpoint["model"].values())
+    assert all(np.isfinite(row["action_loss"]) for row in log_of(tmp_path / "run"))
+
+
+def refuses(match, *words):
+    with pytest.raises(UserError, match=match) as error:
+        call(train.main, *words)
+    assert "\n" not in str(error.value)
+
+
+def test_what_cannot_be_resumed(copy, tmp_path):
+    refuses("--resume", "--resume", copy, "--lr", 1)
+    refuses("nowhere", "--resume", tmp_path / "nowhere")
+    refuses("ckpt.pt", "--resume", tmp_path)
+    (copy / "result.json").write_text("{}")
+    refuses(str(copy), "--resume", copy)
+    (copy / "result.json").unlink()
+    shutil.copy(copy / "ckpt.pt", tmp_path / "whole.pt")
+    sound = read_checkpoint(copy / "ckpt.pt")
+    for change in (
+        {"data": {}},
+        {"states": 2 * sound["states"]},
+        {"base": {"lm": "mini", "sha256": "0" * 64}},
+        {"format": "other"},
+        {"optimiser": {}},
+        {"model": dict(list(sound["model"].items())[1:])},
+    ):
+        torch.save(sound | change, copy / "ckpt.pt")
+        refuses("run", "--resume", copy)
+    lasting = {key: x for key, x in sound.items() if key not in ("optimiser", "states")}
+    torch.save(lasting, copy / "ckpt.pt")  # best.pt under another name
+    refuses("ckpt.pt", "--resume", copy)
+
+
+def test_a_run_goes_on_with_its_own_dataset(copy, whole, tmp_path, monkeypatch):
+    """Another was recorded since, which a run that begins now would take."""
+    recorded = tmp_path / "minari/lamo/hopper/medium-v0"
+    shutil.copytree(BUNDLED / "lamo/hopper/medium-1pct-v0", recorded)
+    (recorded / "about.json").write_text('{"share": 0.5}')  # other episodes for the same ratio
+    monkeypatch.setenv("MINARI_DATASETS_PATH", str(tmp_path / "minari"))
+    call(train.main, "--resume", copy)
+    assert_same(outcome(copy), whole)
+
+
+def test_data_that_have_changed_are_refused(tmp_path):
+    mine = shutil.copytree(BUNDLED / "lamo/hopper/medium-1pct-v0", tmp_path / "mine")
+    words = ["--env", "hopper", "--dataset", mine, "--out", tmp_path, "--name", "run"]
+    call(train.main, *SHORT, *words)
+    (tmp_path / "run/result.json").unlink()
+    with h5py.File(mine / "data/main_data.hdf5", "a") as file:
+        file["episode_3/rewards"][5] += 0.001
+    refuses("data", "--resume", tmp_path / "run")
+
+
+# --- the loop, in one process and in two ---------------------------------------------------------
+
+
+def slow_losses(settings, world):
+    """The losses of each step, from a plain loop over the windows and blocks of all processes."""
+    c = SimpleNamespace(**settings)
+    _, task = find_task("hopper")
+    dataset = minari.MinariDataset(BUNDLED / task.bundled / "data")
+    environment, _ = find_environment(task, dataset)
+    data = load_trajectories(dataset, environment.action_space, c.scale)
+    model, _ = build_model(c, environment)
+    tokens, _ = load_text(c.corpus, model.gpt.config, c.lm_length)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimiser = torch.optim.AdamW(trained, eps=1e-6, weight_decay=c.weight_decay)
+    seeds = [c.seed + 1_000_003 * rank for rank in range(world)]
+    rngs = [[torch.Generator().manual_seed(seed) for seed in seeds] for _ in range(2)]
+    losses = []
+    for step in range(1, c.steps + 1):
+        parts = [sample_windows(data, c.batch // world, c.context, rng) for rng in rngs[0]]
+        *window, act, time_step, valid = [torch.cat(x) for x in zip(*parts, strict=True)]
+        parts = [sample_text(tokens, c.lm_batch // world, c.lm_length, rng) for rng in rngs[1]]
+        x, y = [torch.cat(part) for part in zip(*parts, strict=True)]
+        action_loss = ((model(*window, act, time_step) - act) ** 2)[valid].mean()
+        lm_loss = F.cross_entropy(model.gpt(x).flatten(0, 1), y.flatten())
+        for group in optimiser.param_groups:
+            rising, falling = step / c.warmup, (c.steps + 1 - step) / (c.steps * c.cooldown)
+            group["lr"] = c.lr * min(rising, 1, falling)
+        optimiser.zero_grad()
+        (action_loss + c.lm_coef * lm_loss).backward()
+        norm = torch.cat([p.grad.flatten() for p in trained]).norm()
+        for p in trained:
+            p.grad *= min(1.0, c.clip / norm)
+        optimiser.step()
+        losses.append((action_loss.item(), lm_loss.item()))
+    return np.array(losses)
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_the_loop_is_a_plain_one_over_all_windows_and_texts(world, tmp_path):
+    """Two processes are stopped and resumed on the way."""
+    words = [*SHORT, "--steps", 40, "--eval-every", 40, "--log-every", 1, "--dropout", 0]
+    words += ["--lora-dropout", 0, "--dtype", "fp32", "--lr", 1e-3, "--batch", 8]
+    words, folder = [*words, "--out", tmp_path, "--name", "run"], tmp_path / "run"
+    if world == 1:
+        call(train.main, *words)
+    else:
+        process = start("train.py", *words, launcher=TORCHRUN)
+        wait_for(folder / "log.jsonl", process)
+        process.terminate()  # torchrun tells its processes
+        process.communicate()
+        assert 0 < read_checkpoint(folder / "ckpt.pt")["step"] < 40
+        refuses("processes", "--resume", folder)
+        finish(start("train.py", "--resume", folder, launcher=TORCHRUN))
+    rows = [row for row in log_of(folder) if "lr" in row]
+    assert [row["step"] for row in rows] == list(range(1, 41))
+    found = np.array([(row["action_loss"], row["lm_loss"]) for row in rows])
+    config = json.loads((folder / "config.json").read_text())
+    assert len(read_checkpoint(folder / "ckpt.pt")["states"]) == world
+    np.testing.assert_allclose(found, slow_losses(config["settings"], world), rtol=1e-3)

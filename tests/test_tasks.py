@@ -1,466 +1,344 @@
-"""tasks.py: the table, games and datasets without a row, and environments that recordings name."""
+"""tasks.py: the table, environments and datasets together, and arrays there and back."""
 
-import importlib.util
+import copy
+import itertools
 import json
-import sys
-from pathlib import Path
+from functools import partial
+from types import SimpleNamespace
 
+import cv2
 import gymnasium as gym
 import minari
 import numpy as np
 import pytest
 import torch
-from gymnasium.envs.registration import EnvSpec, WrapperSpec
-from gymnasium.spaces.utils import flatten as gymnasium_flatten
-from gymnasium.spaces.utils import unflatten
+from gymnasium import spaces as gs
+from gymnasium.vector.utils import concatenate, create_empty_array
+from hypothesis import given
+from hypothesis import strategies as st
 from minari.data_collector import EpisodeBuffer
 
-import evaluate
 import tasks
-import train
-from data import choose_scale, choose_targets, find_dataset, load_trajectories, read_dataset
-from environments import make_vector_env
-from experiments import collect
-from plumbing import UserError, run_command
-from spaces import flatten, shrink
-from tasks import (
-    TASKS,
-    Task,
-    find_environment,
-    find_task,
-    kitchen_rewards,
-    make_env,
-    normalised_score,
-    pack,
-    task_of_dataset,
-    unpack,
-)
+from data import find_dataset, load_trajectories
+from evaluate import rollout
+from model import GPT, GPTConfig, LaMo
+from tasks import TASKS, Task, find_environment, find_task, flatten, make_env, shrink
+from utils import UserError
 
-GAMES = ("breakout", "qbert", "pong")
+refused = partial(pytest.raises, UserError)
+VERSION = itertools.count()  # a new name for each dataset
+DESIGN = """
+hopper | Hopper-v5 | mujoco/hopper/medium-v0 | 1000 | 3600, 1800 | 20 | 1000 | -20.3 | 3234.3 | linear | 1e-4, 1e-5
+halfcheetah | HalfCheetah-v5 | mujoco/halfcheetah/medium-v0 | 1000 | 12000, 8000 | 20 | 1000 | -280.2 | 12135.0 | mlp | 1e-4, 1e-5
+walker2d | Walker2d-v5 | mujoco/walker2d/medium-v0 | 1000 | 5000, 2500 | 20 | 1000 | 1.6 | 4592.3 | mlp | 1e-4, 1e-5
+ant | Ant-v5 | mujoco/ant/medium-v0 | 1000 | 6000, 3000 | 20 | 1000 | -325.6 | 3879.7 | mlp | 1e-4, 1e-5
+reacher2d | lamo/Reacher2d-v0 | lamo/reacher2d/medium-v0 | 10 | 76, 40 | 5 | 100 | 0 | 100 | mlp | 1e-4, 1e-5
+kitchen-complete | FrankaKitchen-v1 | D4RL/kitchen/complete-v2 | 1 | 4, 5 | 20 | 280 | 0 | 4 | mlp | 1e-4, 1e-5
+kitchen-partial | FrankaKitchen-v1 | D4RL/kitchen/partial-v2 | 1 | 4, 5 | 20 | 280 | 0 | 4 | mlp | 1e-4, 1e-5
+kitchen-mixed | FrankaKitchen-v1 | D4RL/kitchen/mixed-v2 | 1 | 4, 5 | 20 | 280 | 0 | 4 | mlp | 1e-4, 1e-5
+breakout | ALE/Breakout-v5 | atari/breakout/expert-v0 | 1 | 90, 120 | 30 | 4096 | 1.7 | 31.8 | mlp | 1e-3, 1e-2
+qbert | ALE/Qbert-v5 | atari/qbert/expert-v0 | 1 | 14000 | 30 | 4096 | 163.9 | 13455.0 | mlp | 1e-3, 1e-5
+pong | ALE/Pong-v5 | atari/pong/expert-v0 | 1 | 10, 20 | 30 | 4096 | -20.7 | 9.3 | mlp | 3e-4, 1e-1
+"""  # noqa: E501  (from the paper, its code, D4RL and Minari)
 
 
-def test_every_row_is_complete_and_its_environment_can_be_made():
-    for name in TASKS:
+def record(env, name=None, **how):
+    """A dataset of a random episode of an environment, as anyone's script might record it."""
+    env.action_space.seed(0)
+    seen, actions, rewards, over = [copy.deepcopy(env.reset(seed=0)[0])], [], [], False
+    while not over:
+        actions.append(env.action_space.sample())
+        observation, reward, terminated, truncated, _ = env.step(actions[-1])
+        seen.append(copy.deepcopy(observation))
+        rewards.append(reward)
+        over = terminated or truncated
+    space, ends = env.observation_space, np.arange(len(rewards)) == len(rewards) - 1
+    seen = concatenate(space, seen, create_empty_array(space, len(seen)))
+    ends = dict(terminations=ends & terminated, truncations=ends & truncated)
+    buffer = EpisodeBuffer(observations=seen, actions=np.array(actions), rewards=rewards, **ends)
+    name = name or f"test/recorded-v{next(VERSION)}"
+    return minari.create_dataset_from_buffers(name, [buffer], env=env.spec, **how)
+
+
+# --- the table -----------------------------------------------------------------------------------
+
+
+def test_the_table_is_the_designs():
+    rows = [[cell.strip() for cell in row.split("|")] for row in DESIGN.strip().splitlines()]
+    assert [row[0] for row in rows] == list(TASKS)
+    for name, env, dataset, scale, targets, K, longest, random, expert, embed, rates in rows:
         key, task = find_task(name)
         assert key == name
+        assert task.env_id.rpartition(":")[2] == env
+        assert task.minari.format(quality="medium") == dataset
+        numbers = [task.scale, task.context, task.max_ep_len, task.random, task.expert]
+        assert numbers == [float(x) for x in (scale, K, longest, random, expert)]
+        assert list(task.targets) == [float(x) for x in targets.split(",")]
+        assert [task.lr, task.weight_decay] == [float(x) for x in rates.split(",")]
+        assert task.embed == embed
+        atari = env.startswith("ALE/")
+        assert (task.batch, task.lora_rank) == ((128, 32) if atari else (64, 16))
         env = gym.make(task.env_id, **task.env_kwargs)
         env.reset(seed=0)
         env.close()
-        assert task.scale > 0
-        assert task.expert > task.random
-        assert task.dataset
-        assert len(task.targets) >= 1
 
 
 def test_any_atari_game_goes_by_its_name():
     for name in ("spaceinvaders", "space_invaders", "SpaceInvaders", "ALE/SpaceInvaders-v5"):
         key, task = find_task(name)
-        assert key == "spaceinvaders"
-        assert task.env_id == "ale_py:ALE/SpaceInvaders-v5"
-        assert task.dataset == "atari/spaceinvaders/expert-v0"
-        assert (task.context, task.lora_rank, task.batch, task.scale) == (30, 32, 128, None)
-    for game in GAMES:
-        assert find_task(f"ALE/{game.capitalize()}-v5") == (game, TASKS[game])
-    assert find_task("Hopper") == ("hopper", TASKS["hopper"])
-    minaris = ("tictactoe3d", "videocube", "kingkong")  # as Minari spells some of them
-    assert all(find_task(game)[1].env_id.lower() == f"ale_py:ale/{game}-v5" for game in minaris)
+        assert (key, task.env_id) == ("spaceinvaders", "ale_py:ALE/SpaceInvaders-v5")
+        assert task.minari == "atari/spaceinvaders/expert-v0"
+        assert (task.context, task.lora_rank, task.scale, task.targets) == (30, 32, None, None)
+    assert find_task("ALE/Qbert-v5") == ("qbert", TASKS["qbert"])
+    with refused(match="hopper"):
+        find_task("hoper")
 
 
 def test_a_dataset_of_a_row_brings_the_row_along():
-    assert task_of_dataset("mujoco/walker2d/expert-v0") == ("walker2d", TASKS["walker2d"])
-    assert task_of_dataset("lamo/reacher2d/medium-v0")[0] == "reacher2d"
-    name, task = task_of_dataset("atari/seaquest/expert-v0")
+    for name in ("mujoco/walker2d/expert-v0", "lamo/walker2d/medium-1pct-v0"):
+        assert tasks.task_of_dataset(name) == ("walker2d", TASKS["walker2d"])
+    assert tasks.task_of_dataset("D4RL/kitchen/mixed-v2")[0] == "kitchen-mixed"
+    name, task = tasks.task_of_dataset("atari/seaquest/expert-v0")
     assert (name, task.env_id) == ("seaquest", "ale_py:ALE/Seaquest-v5")
-    name, task = task_of_dataset("someone/else-v0")
-    assert (name, task.env_id, task.scale, task.targets) == ("someone/else-v0", None, None, None)
+    assert tasks.task_of_dataset("someone/else-v0") == ("someone/else-v0", Task())
 
 
-@pytest.mark.parametrize(
-    ("name", "package"), [("kitchen-mixed", "gymnasium_robotics"), ("pong", "ale_py")]
-)
-def test_a_missing_package_is_named_with_the_command(monkeypatch, name, package):
-    real = importlib.util.find_spec
-    monkeypatch.setattr(importlib.util, "find_spec", lambda n: None if n == package else real(n))
-    with pytest.raises(UserError, match="pip install " + package.replace("_", "-")):
-        find_task(name)
+# --- environments --------------------------------------------------------------------------------
 
 
-def test_an_environment_survives_packing(hopper):
-    again = unpack(json.loads(json.dumps(pack(hopper))))
-    assert again == hopper
-    a, b = (make_vector_env(e, 2).reset(seed=[1, 2])[0] for e in (hopper, again))
-    np.testing.assert_array_equal(a, b)
+def test_an_environment_survives_packing(hopper, kitchen):
+    for environment in (hopper, find_environment(TASKS["kitchen-complete"], kitchen)[0]):
+        again = tasks.unpack(json.loads(json.dumps(tasks.pack(environment))))
+        assert again == environment
+        seen = [make_env(e.spec).reset(seed=1)[0] for e in (environment, again)]
+        seen = [flatten(environment.observation_space, x) for x in seen]
+        np.testing.assert_array_equal(*seen)
 
 
-def test_scores_without_references_are_returns(hopper):
-    from dataclasses import replace
-
-    assert normalised_score(replace(hopper, random=None, expert=None), 12.5) == 12.5
-
-
-@pytest.mark.parametrize(
-    ("returns", "scale", "targets"),
-    [
-        ([3600.0, 100.0], 1000, [3600, 3250]),
-        ([21.0, -21.0], 10, [21, 16.8]),
-        ([-1500.0, -120.0, -130.0], 1000, [-120, -122]),
-        ([0.5, 0.25], 0.1, [0.5, 0.475]),
-        ([0.0, 0.0], 1, [0]),
-        ([1.0, 1.0], 1, [1]),
-    ],
-)
-def test_scale_and_targets_come_from_the_returns(returns, scale, targets):
-    assert choose_scale(np.array(returns)) == pytest.approx(scale)
-    assert choose_targets(np.array(returns)) == pytest.approx(targets)
-
-
-# --- datasets that no row knows ------------------------------------------------------------------
-
-
-def record(env, dataset_id, episodes, **how):
-    """Random episodes of an environment, as anyone's script might record them."""
-    env.action_space.seed(0)
-    buffers = []
-    for seed in range(episodes):
-        observations, actions, rewards, _ = collect.play_episode(
-            env, lambda _: env.action_space.sample(), seed
-        )
-        ends = np.arange(len(rewards)) == len(rewards) - 1
-        buffers.append(
-            EpisodeBuffer(
-                None,
-                seed,
-                None,
-                np.array(observations),
-                np.array(actions),
-                rewards,
-                ends,
-                np.zeros_like(ends),
-            )
-        )
-    return minari.create_dataset_from_buffers(dataset_id, buffers, env=env.spec, **how)
-
-
-def command(monkeypatch, capsys, main, *arguments):
-    monkeypatch.setattr(sys, "argv", ["command", *map(str, arguments)])
-    run_command(main)
-    return capsys.readouterr().out
-
-
-SHORT = ["--steps", 4, "--batch", 4, "--eval-every", 4, "--episodes", 1, "--lm-length", 16]
-
-
-def train_and_evaluate(monkeypatch, capsys, tmp_path, *arguments):
-    """One short training; evaluate.py gives its evaluation again. Returns (config, printed)."""
-    out = tmp_path / "runs"
-    printed = command(monkeypatch, capsys, train.main, *arguments, *SHORT, "--out", out)
-    (folder,) = out.iterdir()
-    again = command(monkeypatch, capsys, evaluate.main, folder / "ckpt.pt", "--json")
-    rows = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
-    assert json.loads(again)["results"] == rows[-1]["evaluation"]
-    return json.loads((folder / "config.json").read_text()), printed
-
-
-def test_numbers_with_other_bounds_and_no_references(monkeypatch, capsys, tmp_path):
-    """Pendulum: torque in [-2, 2], returns below zero."""
-    made = record(gym.make("Pendulum-v1"), "test/pendulum-v0", 3)
-    config, printed = train_and_evaluate(
-        monkeypatch, capsys, tmp_path, "--dataset", "test/pendulum-v0"
-    )
-    settings = config["settings"]
-    returns = [e.rewards.sum() for e in made.iterate_episodes()]
-    assert settings["env"] == "test/pendulum-v0"
-    assert settings["targets"][0] == pytest.approx(max(returns), rel=1e-3)
-    assert 1 <= max(np.abs(returns)) / settings["scale"] < 10
-    assert settings["max_ep_len"] == 200
-    for name in ("targets", "scale", "max_ep_len", "environment"):
-        assert config["chosen"][name] in printed
-    assert "scores are plain returns" in printed
-    flat = load_trajectories(made, gym.make("Pendulum-v1").action_space)
+def test_a_dataset_without_a_row_brings_its_own_environment():
+    made = record(gym.make("Pendulum-v1", g=5.0))
+    environment, _ = find_environment(Task(), made)
+    assert environment.spec.kwargs["g"] == 5.0
+    assert environment.score(-100.0) == -100  # no references: plain returns
+    assert environment.sizes() == ((3,), 1, False)
+    flat = load_trajectories(made, environment.action_space)
     assert 0.9 < flat.act.abs().max() <= 1  # of torques up to 2
+    made = record(gym.make("CartPole-v1"), ref_min_score=20.0, ref_max_score=500.0)
+    environment, _ = find_environment(Task(), made)
+    assert environment.score(260.0) == 50
+    assert environment.sizes() == ((4,), 2, True)
 
 
-def test_choices_by_minaris_collector_with_references(monkeypatch, capsys, tmp_path):
-    """CartPole, through DataCollector; its reference returns make the scores."""
-    pytest.importorskip("jax")  # DataCollector needs it: pip install "minari[create]"
-    env = minari.DataCollector(gym.make("CartPole-v1"))
-    for seed in range(5):
-        env.reset(seed=seed)
-        env.action_space.seed(seed)
-        done = False
-        while not done:
-            _, _, terminated, truncated, _ = env.step(env.action_space.sample())
-            done = terminated or truncated
-    env.create_dataset("test/cartpole-v0", ref_min_score=20.0, ref_max_score=500.0)
-    config, printed = train_and_evaluate(
-        monkeypatch, capsys, tmp_path, "--dataset", "test/cartpole-v0", "--train", "new"
-    )
-    mean = config["data"]["return_mean"]
-    assert config["data"]["score"] == pytest.approx(100 * (mean - 20) / 480)
-    assert "CartPole-v1, as test/cartpole-v0 records it" in printed
+def anonymous(size, action_space):
+    """A dataset, of vectors, that does not say where it was recorded."""
+    how = dict(observation_space=gs.Box(-1, 1, (size,)), action_space=action_space)
+    step = dict(rewards=[1.0], terminations=[True], truncations=[False])
+    step |= dict(observations=np.zeros((2, size)), actions=np.array([action_space.sample()]))
+    name = f"test/anonymous-v{next(VERSION)}"
+    return minari.create_dataset_from_buffers(name, [EpisodeBuffer(**step)], **how)
 
 
-def test_a_dataset_that_does_not_say_its_environment(monkeypatch, tmp_path):
-    episodes = [
-        EpisodeBuffer(
-            observations=np.zeros((3, 11), np.float32),
-            rewards=[0.0, 1.0],
-            actions=np.zeros((2, 3), np.float32),
-            terminations=[False, True],
-            truncations=[False, False],
-        )
-    ]
-    spaces = dict(
-        observation_space=gym.spaces.Box(-1, 1, (11,)), action_space=gym.spaces.Box(-1, 1, (3,))
-    )
-    minari.create_dataset_from_buffers("test/nowhere-v0", episodes, ref_min_score=0.0, **spaces)
-    dataset, _, _ = find_dataset("test/nowhere-v0", TASKS["hopper"], 1.0, "test/nowhere-v0")
-    with pytest.raises(UserError, match="does not say its environment"):
-        find_environment(task_of_dataset("test/nowhere-v0")[1], dataset)
-    environment, note = find_environment(TASKS["hopper"], dataset)
-    assert environment.spec.id == "Hopper-v5"
-    assert "the task's" in note
-    with pytest.raises(UserError, match="observations do not fit"):
-        find_environment(TASKS["walker2d"], dataset)
+def test_data_that_do_not_fit_the_environment_are_refused():
+    with refused(match="Pendulum-v1.*Hopper-v5"):
+        find_environment(TASKS["hopper"], record(gym.make("Pendulum-v1")))
+    made = anonymous(11, gs.Box(-1, 1, (3,)))
+    with refused(match=f"{made.spec.dataset_id}.*--env"):
+        find_environment(Task(), made)
+    assert find_environment(TASKS["hopper"], made)[0].spec.id == "Hopper-v5"
+    for size, action_space, word in (
+        (12, gs.Box(-1, 1, (3,)), "observation_space"),
+        (11, gs.Box(-1, 1, (6,)), "action_space"),
+        (11, gs.Discrete(3), "action_space"),
+    ):
+        made = anonymous(size, action_space)
+        with refused(match=f"{made.spec.dataset_id}.*{word}"):
+            find_environment(TASKS["hopper"], made)
 
 
-def test_data_of_another_environment_or_other_bounds_are_refused():
-    made = record(gym.make("Pendulum-v1"), "test/swing-v0", 1)
-    with pytest.raises(UserError, match="was recorded in Pendulum-v1, which is not Hopper-v5"):
-        find_environment(TASKS["hopper"], made)
-    halved = gym.spaces.Box(-1, 1, (1,))
-    made = record(gym.make("Pendulum-v1"), "test/halved-v0", 1, action_space=halved)
-    with pytest.raises(UserError, match="actions do not fit"):
-        find_environment(task_of_dataset("test/halved-v0")[1], made)
-
-
-class Bare(gym.Env):
-    """An environment without a word about rendering, as many a first one is."""
-
-    observation_space = gym.spaces.Box(-1, 1, (2,))
-    action_space = gym.spaces.Discrete(2)
-
-    def reset(self, *, seed=None, options=None):
-        return np.zeros(2, np.float32), {}
-
-    def step(self, action):
-        return np.zeros(2, np.float32), 1.0, True, False, {}
-
-
-class Shown(Bare):
-    """One that opens a window if nobody asks it not to."""
-
-    def __init__(self, render_mode="human"):
-        self.render_mode = render_mode
-
-
-@pytest.fixture
-def trusted(monkeypatch):
-    """This module is one whose environments may be made."""
-    monkeypatch.setattr(tasks, "NAMED", set())
-    tasks.trust(__name__)
-
-
-def test_an_environment_that_shows_itself_is_asked_not_to(trusted):
-    assert make_env(EnvSpec("Shown-v0", entry_point=f"{__name__}:Shown")).render_mode is None
-
-
-def test_an_environment_need_not_know_how_to_render(trusted):
-    spec = EnvSpec("Bare-v0", entry_point=f"{__name__}:Bare")
-    assert isinstance(make_env(spec).unwrapped, Bare)
-
-
-def test_an_environment_is_never_made_for_a_screen():
-    env = gym.make("Pendulum-v1", render_mode="rgb_array")
-    environment, _ = find_environment(Task(), record(env, "test/drawn-v0", 1))
-    envs = make_vector_env(environment, 1)
-    assert envs.envs[0].render_mode is None
-
-
-@pytest.mark.parametrize(
-    ("entry_point", "says"),
-    [
-        ("os:system", "in the module os; importing it runs its code"),
-        ("builtins:print", "--env-module builtins"),
-        ("gymnasium:make", "is not an environment"),
-        ("gymnasium.wrappers:RecordVideo", "would write videos where its maker says"),
-    ],
-)
-def test_what_a_file_names_as_environment_must_be_one(tmp_path, entry_point, says):
-    marker = tmp_path / "executed"
-    spec = EnvSpec("Harmless-v0", entry_point, kwargs={"command": f"touch {marker}"})
-    with pytest.raises(UserError, match=says):
-        make_env(spec)
-    spec = EnvSpec("Pendulum-v1", gym.spec("Pendulum-v1").entry_point)
-    spec.additional_wrappers = (WrapperSpec("Harmless", entry_point, {"command": "true"}),)
-    with pytest.raises(UserError, match=says):
-        make_env(spec)
-    assert not marker.exists()
-
-
-def test_a_module_is_imported_only_if_the_user_names_it(tmp_path, monkeypatch):
-    marker = tmp_path / "imported"
-    code = f"""
-import pathlib, gymnasium as gym
-pathlib.Path({str(marker)!r}).touch()
-class Room(gym.Env):
-    observation_space, action_space = gym.spaces.Box(0, 1, (2,)), gym.spaces.Discrete(2)
-"""
-    (tmp_path / "rooms_of_mine.py").write_text(code)
-    monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.setattr(tasks, "NAMED", set())
-    spec = EnvSpec("Room-v0", "rooms_of_mine:Room")
-    with pytest.raises(UserError, match="add --env-module rooms_of_mine"):
-        make_env(spec)
-    assert not marker.exists()
-    tasks.trust("rooms_of_mine")
-    assert make_env(spec).unwrapped.action_space.n == 2
-    for wrong in ("no_such_module", "no_such_module.inside", "rooms_of_mine.inside"):
-        with pytest.raises(UserError, match="there is no such module; install it"):
-            tasks.trust(wrong)
+def test_an_environment_draws_only_what_it_is_asked_for():
+    recorded = gym.make("Pendulum-v1", render_mode="rgb_array").spec
+    assert make_env(recorded).render_mode is None
+    assert make_env(recorded, "rgb_array").render_mode == "rgb_array"
 
 
 # --- kitchen and Atari ---------------------------------------------------------------------------
 
 
-@pytest.fixture
-def minari_home(tmp_path, monkeypatch):
-    monkeypatch.setenv("MINARI_DATASETS_PATH", str(tmp_path / "minari"))
-    return tmp_path / "minari"
-
-
-@pytest.fixture
-def kitchen(minari_home):
+@pytest.fixture(scope="module")
+def kitchen():
     """A dataset as Minari's: sub-tasks stay on the list when done, and do not end an episode."""
     flags = dict(remove_task_when_completed=False, terminate_on_tasks_completed=False)
-    tasks = ["microwave", "kettle", "light switch", "slide cabinet"]
-    env = gym.make(
-        "gymnasium_robotics:FrankaKitchen-v1",
-        tasks_to_complete=tasks,
-        max_episode_steps=60,
-        **flags,
-    )
-    env.action_space.seed(0)
-    buffers = []
-    for seed in range(2):
-        observations, actions, rewards, _ = collect.play_episode(
-            env, lambda _: env.action_space.sample(), seed
-        )
-        empty = gym.vector.utils.create_empty_array(env.observation_space, len(observations))
-        observations = gym.vector.utils.concatenate(env.observation_space, observations, empty)
-        ends = np.arange(60) == 59
-        buffers.append(
-            EpisodeBuffer(
-                seed=seed,
-                observations=observations,
-                actions=np.array(actions),
-                rewards=rewards,
-                terminations=np.zeros_like(ends),
-                truncations=ends,
-            )
-        )
-    minari.create_dataset_from_buffers("test/kitchen-v0", buffers, env=env.spec)
-    return read_dataset(minari_home / "test/kitchen-v0")
+    todo = ["microwave", "kettle", "light switch", "slide cabinet"]
+    name = "gymnasium_robotics:FrankaKitchen-v1"
+    return record(gym.make(name, tasks_to_complete=todo, max_episode_steps=40, **flags))
 
 
 def test_kitchen_is_flattened_alike_in_data_and_environment(kitchen):
-    environment, note = find_environment(TASKS["kitchen-complete"], kitchen)
+    environment, _ = find_environment(TASKS["kitchen-complete"], kitchen)
     kwargs = environment.spec.kwargs
     assert kwargs["tasks_to_complete"] == ["microwave", "kettle", "light switch", "slide cabinet"]
     assert kwargs["remove_task_when_completed"] is kwargs["terminate_on_tasks_completed"] is True
     assert environment.spec.max_episode_steps == 280
-    assert "tasks_to_complete" in note
-    episode = next(kitchen.iterate_episodes())
-    space = environment.observation_space
-    flat = flatten(space, episode.observations)  # (T + 1, O)
-    env = gym.make(environment.spec)
+    episode, space = next(kitchen.iterate_episodes()), environment.observation_space
+    flat, env = flatten(space, episode.observations), make_env(environment.spec)  # (T + 1, O)
     observation, _ = env.reset(seed=0)
     for t in range(40):  # the environment, replayed, shows what the data hold
         live = flatten(space, observation)
         np.testing.assert_array_equal(live, flat[t])
-        np.testing.assert_array_equal(live, gymnasium_flatten(space, observation))
-        back = unflatten(space, flat[t])
-        np.testing.assert_array_equal(back["observation"], observation["observation"])
-        for key, value in observation["achieved_goal"].items():
-            np.testing.assert_array_equal(back["achieved_goal"][key], value)
+        np.testing.assert_array_equal(live, gs.flatten(space, observation))
         observation, *_ = env.step(episode.actions[t])
-    positions = np.concatenate([*episode.observations["achieved_goal"].values()], axis=1)
-    assert np.ptp(flat, axis=0).max() > 0.1
-    assert len(positions) == 61  # the environment changes the object it showed: copied
 
 
 def test_a_kitchen_return_is_the_number_of_sub_tasks_done(kitchen):
     """kitchen_rewards against the environment itself, asked step by step with its flags on."""
-    episode = next(kitchen.iterate_episodes())
-    observations = {
-        k: {n: v.copy() for n, v in episode.observations[k].items()}
-        for k in ("achieved_goal", "desired_goal")
-    }
-    achieved, desired = observations["achieved_goal"], observations["desired_goal"]
-    for name, start, end in (
-        ("kettle", 5, 20),
-        ("kettle", 30, 61),
-        ("microwave", 5, 6),
-        ("light switch", 60, 61),
-        ("slide cabinet", 0, 1),
-    ):
+    seen = next(kitchen.iterate_episodes()).observations
+    desired = seen["desired_goal"]
+    achieved = {name: values.copy() for name, values in seen["achieved_goal"].items()}
+    times = [("kettle", 5, 20), ("kettle", 30, 41), ("microwave", 5, 6)]
+    times += [("light switch", 40, 41), ("slide cabinet", 0, 1)]
+    for name, start, end in times:
         achieved[name][start:end] = desired[name][start:end] + 0.01
     env = gym.make("gymnasium_robotics:FrankaKitchen-v1", tasks_to_complete=list(desired)).unwrapped
     env.reset(seed=0)
     expected = []
-    for t in range(1, 61):
-        now = {name: values[t] for name, values in achieved.items()}
-        expected.append(env.compute_reward(now, {k: v[t] for k, v in desired.items()}, {}))
+    for t in range(1, 41):
+        now, goal = ({k: v[t] for k, v in goals.items()} for goals in (achieved, desired))
+        expected.append(env.compute_reward(now, goal, {}))
         for done in env.step_task_completions:  # as its step() does
             env.tasks_to_complete.remove(done)
-    rewards = kitchen_rewards(observations)
+    rewards = tasks.kitchen_rewards({"achieved_goal": achieved, "desired_goal": desired})
     assert rewards.tolist() == expected
     assert rewards.sum() == 3  # not the one that was done at the start and undone
     assert rewards[4] == 2
     flat = load_trajectories(kitchen, kitchen.action_space, rewards=lambda _: expected)
-    assert flat.returns.tolist() == [3, 3]
+    assert flat.returns.tolist() == [3]
 
 
-def test_atari_frames_are_the_same_in_data_and_environment(
-    minari_home, monkeypatch, capsys, tmp_path
-):
-    command(monkeypatch, capsys, collect.main, "--env", "breakout", "--random", "--steps", 100)
-    dataset = read_dataset(minari_home / "lamo/breakout/random-v0")
+def test_atari_frames_are_the_same_in_data_environment_and_rollout():
+    env = gym.make("ale_py:ALE/Breakout-v5", max_episode_steps=40)
+    made = record(env, "test/breakout-v0", jpeg_encoding=False)
+    dataset, _, _ = find_dataset("breakout", TASKS["breakout"], 1.0, "test/breakout-v0")
     environment, _ = find_environment(TASKS["breakout"], dataset)
+    assert environment.sizes() == ((4, 84, 84), 4, True)
     flat = load_trajectories(dataset, environment.action_space)
-    episode = next(dataset.iterate_episodes())
-    env = gym.make(environment.spec)
+    episode, env = next(made.iterate_episodes()), make_env(environment.spec)
     observation, _ = env.reset(seed=0)
-    for t in range(60):
-        assert torch.equal(shrink(observation), flat.obs[t])
+    for t in range(40):
+        assert torch.equal(torch.as_tensor(shrink(observation[None])[0]), flat.obs[t])
         assert flat.act[t] == episode.actions[t]
         observation, reward, *_ = env.step(episode.actions[t])
         assert reward == episode.rewards[t]
-    shown = []  # what a policy sees in a rollout, which may run under autocast
+    c = SimpleNamespace(episode_limit=10, context=5, scale=1.0, mode="normal", dtype="fp32")
+    lamo, shown = LaMo(GPT(GPTConfig(1, 1, 8)), *environment.sizes()), []
+    lamo.embed_state.register_forward_pre_hook(lambda _, seen: shown.append(seen[0][0]))
+    rollout(lamo, environment, c, (torch.zeros(0), torch.zeros(0)), [1.0], 1, seed=3)
+    states = torch.stack(shown)  # (T, 4, 84, 84)
+    first = shrink(env.reset(seed=3)[0][None])
+    assert torch.equal(states[0, -1], torch.as_tensor(first[0]))
+    assert not states[0, :-1].any()  # black before the start
+    assert torch.equal(states[1:, :-1], states[:-1, 1:])
 
-    class Watch(torch.nn.Module):
-        def observe(self, rtg, obs, timestep):
-            shown.append(obs[0])
-            return torch.zeros(len(rtg), 1, 2, 4)
 
-        def remember(self, act, timestep):
-            return torch.zeros(len(act), 1, 1, 4)
+# --- observations and actions as arrays ----------------------------------------------------------
 
-        def act(self, tokens):
-            return tokens[:, -1]
+NESTED = gs.Dict(
+    {
+        "observation": gs.Box(-1, 1, (3,)),
+        "goal": gs.Dict({"kettle": gs.Box(-1, 1, (2, 2)), "burner": gs.Discrete(4, start=2)}),
+        "pair": gs.Tuple((gs.MultiBinary(3), gs.Box(-5, 5, ()))),
+    }
+)
 
-    settings = dict(episode_limit=20, context=5, scale=1.0, mode="normal", dtype="bf16")
-    evaluate.rollout(Watch(), environment, settings, (torch.zeros(0),) * 2, [1.0], 1, seed=3)
-    env.reset(seed=3)
-    assert torch.equal(shown[0][-1], shrink(env.reset(seed=3)[0]))
-    assert not shown[0][:3].any()  # black before the start
-    assert torch.equal(shown[6][:-1], shown[5][1:])
-    arguments = ["--env", "breakout", "--dataset", "lamo/breakout/random-v0"]
-    config, printed = train_and_evaluate(
-        monkeypatch, capsys, tmp_path, *arguments, "--episode-limit", 30, "--context", 5
-    )
-    assert (
-        " cut at 30 steps, before the end" in printed
-    )  # a return that is not whole is never silent
-    assert config["settings"]["lora_rank"] == 32
-    assert Path(tmp_path / "runs").is_dir()
+
+@pytest.mark.parametrize(
+    "space", [NESTED, gs.Box(-1, 1, (2, 3)), gs.MultiBinary(4), gs.Discrete(3, start=-1)]
+)
+def test_flattening_is_gymnasiums_and_keeps_leading_dimensions(space):
+    space.seed(0)
+    samples = [space.sample() for _ in range(6)]
+    expected = np.stack([gs.flatten(space, sample) for sample in samples])
+    np.testing.assert_allclose(flatten(space, samples[0]), expected[0])
+    batch = concatenate(space, samples, create_empty_array(space, 6))
+    np.testing.assert_allclose(flatten(space, batch), expected)
+    assert tasks.observation_shape(space) == expected.shape[1:]
+
+
+def test_data_may_hold_less_than_the_environment_shows():
+    part, sample = gs.Dict({"observation": NESTED["observation"]}), NESTED.sample()
+    np.testing.assert_array_equal(flatten(part, sample), sample["observation"])
+    assert tasks.fits(part, NESTED)
+    assert tasks.fits(gs.Box(0, 255, (84, 84), np.uint8), gs.Box(0, 255, (210, 160, 3), np.uint8))
+    assert not tasks.fits(gs.Dict({"observation": gs.Box(-1, 1, (4,))}), NESTED)
+    assert not tasks.fits(gs.Dict({"other": gs.Discrete(2)}), NESTED)
+    assert not tasks.fits(gs.Discrete(3), gs.Discrete(4))
+    assert not tasks.fits(gs.Box(-1, 1, (3,)), gs.Discrete(3))
+
+
+def test_what_counts_as_a_picture_and_what_cannot_be_learnt_from():
+    def box(*shape, dtype=np.uint8):
+        return gs.Box(0, 1, shape, dtype)
+
+    assert tasks.is_picture(box(210, 160, 3))
+    assert tasks.is_picture(box(84, 84))
+    for shape in ((128,), (7, 7, 3)):  # Atari's memory, and MiniGrid's view
+        assert not tasks.is_picture(box(*shape))
+        assert tasks.observation_shape(box(*shape)) == (np.prod(shape),)
+    assert not tasks.is_picture(box(84, 84, 3, dtype=np.float32))
+    for space in (gs.Text(5), gs.Dict({"say": gs.Text(3)}), box(4, 84, 84)):
+        with refused():
+            tasks.observation_shape(space)
+    for space in (gs.MultiDiscrete([2, 3]), gs.Dict({}), gs.Box(0, 5, (2,), np.int64)):
+        with refused():
+            tasks.action_size(space)
+
+
+@pytest.mark.parametrize("size", [(210, 160), (96, 96), (240, 256), (84, 84)])
+def test_frames_are_the_area_average_of_luma(size):
+    """OpenCV's INTER_AREA, which Gymnasium's AtariPreprocessing uses, agrees but for rounding."""
+    rng = np.random.default_rng(0)
+    pictures = rng.integers(0, 256, (3, *size, 3), np.uint8)
+    pictures[1:] = np.repeat(np.repeat(pictures[1:, ::6, ::6], 6, 1), 6, 2)[:, : size[0], : size[1]]
+    frames = shrink(pictures)
+    assert (frames.shape, frames.dtype) == ((3, 84, 84), np.uint8)
+    for picture, frame in zip(pictures, frames, strict=True):
+        grey = cv2.cvtColor(picture, cv2.COLOR_RGB2GRAY)
+        theirs = cv2.resize(grey, (84, 84), interpolation=cv2.INTER_AREA)
+        assert np.abs(frame.astype(int) - theirs).max() <= 2
+        np.testing.assert_array_equal(shrink(picture[None])[0], frame)  # alone as in a batch
+    np.testing.assert_array_equal(shrink(frames), frames)  # small and grey already
+    np.testing.assert_array_equal(shrink(frames[..., None]), frames)
+
+
+@given(
+    st.lists(st.tuples(st.floats(-20, 20, width=32), st.floats(0.125, 20, width=32)), min_size=1),
+    st.integers(0, 1000),
+)
+def test_actions_are_scaled_to_their_bounds_and_back(intervals, seed):
+    low = np.array([a for a, _ in intervals], np.float32)
+    high = np.array([a + w for a, w in intervals], np.float32)
+    space = gs.Box(low, high, seed=seed)
+    actions = np.stack([space.sample() for _ in range(4)])
+    encoded = tasks.encode_actions(space, actions)
+    assert encoded.dtype == np.float32
+    ends = tasks.encode_actions(space, np.stack([low, high]))
+    np.testing.assert_allclose(ends, [-np.ones(len(low)), np.ones(len(low))], atol=1e-5)
+    back = tasks.decode_actions(space, encoded)
+    assert back.dtype == space.dtype
+    np.testing.assert_allclose(back, actions, rtol=1e-4, atol=1e-4)
+    assert all(space.contains(action) for action in tasks.decode_actions(space, encoded + 3))
+
+
+def test_actions_come_back_in_their_shape():
+    shaped, choice = gs.Box(-2, 2, (2, 3), seed=0), gs.Discrete(3, start=2, seed=0)
+    unit, free = gs.Box(-1, 1, (3,), seed=0), gs.Box(-np.inf, np.inf, (2,), seed=0)
+    for space, size in ((shaped, 6), (choice, 3), (unit, 3), (free, 2)):
+        actions = np.stack([space.sample() for _ in range(9)])
+        encoded = tasks.encode_actions(space, actions)
+        assert tasks.action_size(space) == size
+        if space is choice:
+            assert set(encoded.tolist()) == {0, 1, 2}
+        else:
+            assert encoded.shape == (9, size)
+        if space in (unit, free):  # MuJoCo's bounds, or none: nothing changes
+            np.testing.assert_array_equal(encoded, actions)
+        np.testing.assert_allclose(tasks.decode_actions(space, encoded), actions, atol=1e-6)

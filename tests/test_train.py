@@ -1,466 +1,383 @@
-"""train.py and evaluate.py as a user runs them, and the losses of one process against two."""
+"""train.py: a first run as a user has it, every setting, every method, Wiki-RL, the trackers."""
 
-import hashlib
-import itertools
 import json
-import os
-import shutil
-import socket
+import math
 import subprocess
-import sys
-from importlib.metadata import version
-from pathlib import Path
+from dataclasses import asdict, fields
+from types import SimpleNamespace
+from typing import get_args, get_type_hints
 
-import gymnasium as gym
 import numpy as np
 import pytest
 import torch
-import torch.multiprocessing as mp
-import torch.nn.functional as F
+import tyro
 from hypothesis import given
 from hypothesis import strategies as st
+from runs import ROOT, SHORT, assert_same, call, finish, log_of, outcome, start
 
-import run_folder
-from checkpoint import build_model, load_model, read_checkpoint, trained_state
-from data import BUNDLED, find_dataset, read_dataset
-from evaluate import rollout
+import evaluate
+import train
 from model import GPT, GPTConfig, LaMo, Objective
-from plumbing import UserError, join_processes, leave_processes
-from run_folder import final_result
-from settings import METHODS, resolve
-from tasks import TASKS, normalised_score
-from text import cache_folder
-from train import Config, ahead, valid_steps
+from tasks import TASKS, pack
+from train import (
+    METHODS,
+    PRESETS,
+    Config,
+    build_model,
+    choose_settings,
+    complete_settings,
+    fading,
+    get_lr,
+    load_policy,
+    read_checkpoint,
+    save_checkpoint,
+    word_centres,
+)
 
-ROOT = Path(__file__).resolve().parent.parent
-HOPPER = TASKS["hopper"]
+FIRST = "--env hopper --ratio 0.01 --steps 90 --warmup 10 --batch 16 --lm-length 64 --lr 1e-3"
+FIRST += " --log-every 30 --eval-every 60 --episodes 2 --episode-limit 99"
 
 
-def run(script, *arguments, launcher=(sys.executable,)):
-    """A command of the project in a process of its own: its standard output."""
-    command = [*launcher, str(ROOT / script), *map(str, arguments)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=600, cwd=ROOT)
-    assert done.returncode == 0, done.stderr[-2000:]
-    return done.stdout
-
-
-SHORT_RUN = ["--env", "hopper", "--ratio", "0.01", "--steps", "120", "--warmup", "10"]
-SHORT_RUN += ["--batch", "32", "--lm-length", "128", "--lr", "1e-3", "--log-every", "20"]
-SHORT_RUN += ["--eval-every", "60", "--episodes", "3"]
+# --- a first run ---------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
-def short_run(tmp_path_factory):
-    """The folder of one short, real training on the bundled data, and what it printed."""
-    out = tmp_path_factory.mktemp("runs")
-    printed = run("train.py", *SHORT_RUN, "--out", out / "runs")
-    (folder,) = (out / "runs").iterdir()
+def first(tmp_path_factory):
+    """The folder of a short training on the bundled data, and what it printed."""
+    out = tmp_path_factory.mktemp("first")
+    printed, _ = finish(start("train.py", *FIRST.split(), "--out", out))
+    (folder,) = out.iterdir()
     return folder, printed
 
 
-def rows_of(folder):
-    return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+def test_training_lowers_both_losses(first):
+    rows = [row for row in log_of(first[0]) if "action_loss" in row]
+    assert [row["step"] for row in rows] == [30, 60, 90]
+    assert rows[-1]["action_loss"] < 0.6 * rows[0]["action_loss"]
+    assert rows[-1]["lm_loss"] < rows[0]["lm_loss"]
+    assert rows[-1].get("similarity") is None
 
 
-def test_training_lowers_both_losses(short_run):
-    losses = [row for row in rows_of(short_run[0]) if "action_loss" in row]
-    assert [row["step"] for row in losses] == [20, 40, 60, 80, 100, 120]
-    assert losses[-1]["action_loss"] < 0.5 * losses[0]["action_loss"]
-    assert losses[-1]["lm_loss"] < losses[0]["lm_loss"]
-
-
-def test_evaluate_reproduces_the_logged_evaluation_to_the_digit(short_run):
-    folder, _ = short_run
-    logged = [row["evaluation"] for row in rows_of(folder) if "evaluation" in row]
-    assert len(logged) == 2
-    again = json.loads(run("evaluate.py", folder / "ckpt.pt", "--json"))
-    assert again["step"] == 120
-    assert again["results"] == logged[-1]
+def test_evaluate_gives_the_logged_evaluations_again_to_the_digit(first, capsys):
+    folder, logged = first[0], [r["evaluation"] for r in log_of(first[0]) if "evaluation" in r]
+    assert [r["step"] for r in log_of(folder) if "evaluation" in r] == [60, 90]
+    again = json.loads(finish(start("evaluate.py", folder / "ckpt.pt", "--json"))[0])
+    assert (again["step"], again["results"]) == (90, logged[1])
+    call(evaluate.main, folder / "best.pt", "--json")
     best = max(logged, key=lambda results: max(r["score"] for r in results))
-    assert json.loads(run("evaluate.py", folder / "best.pt", "--json"))["results"] == best
+    assert json.loads(capsys.readouterr().out)["results"] == best
 
 
-def test_evaluate_prints_a_table_for_the_targets_asked_for(short_run):
-    folder, _ = short_run
-    arguments = (folder / "ckpt.pt", "--target", 3000, 100, "--episodes", 2, "--seed", 5)
-    lines = run("evaluate.py", *arguments).splitlines()
-    assert lines[2].split() == ["target", "return", "score", "length", "episodes"]
-    assert [line.split()[0] for line in lines[3:5]] == ["3000", "100"]
-    assert lines[5].startswith("best: target")
+def test_the_table_has_the_targets_asked_for(first, capsys):
+    words = ("--targets", 3000, 100, "--episodes", 2, "--seed", 5, "--episode-limit", 9)
+    call(evaluate.main, first[0] / "ckpt.pt", "--json", *words)
+    results = json.loads(capsys.readouterr().out)["results"]
+    call(evaluate.main, first[0] / "ckpt.pt", *words)
+    table = [line.split() for line in capsys.readouterr().out.splitlines()]
+    for r, target in zip(results, ("3000", "100"), strict=True):
+        (row,) = (row for row in table if row[0] == target)
+        assert row[1] == f"{r['return_mean']:.1f}"
+        assert row[-1] == "2"
 
 
-def test_a_checkpoint_talks(short_run):
-    folder, _ = short_run
-    out = run("evaluate.py", folder / "ckpt.pt", "--prompt", "Hello, my name is", "--tokens", 20)
+def test_a_checkpoint_talks_before_and_after(first, capsys):
+    call(evaluate.main, first[0] / "ckpt.pt", "--prompt", "Hello, my name is", "--tokens", 5)
+    out = capsys.readouterr().out
     assert out.count("Hello, my name is") == 2
-    assert "the Python manual" in out.splitlines()[0]
-    assert out.splitlines()[0].endswith("which this run learnt from")
-    assert "before training: perplexity" in out
-    assert "after 120 steps: perplexity" in out
+    assert "90 steps" in out
 
 
-def test_what_was_chosen_is_printed_and_recorded(short_run):
-    folder, printed = short_run
+def test_what_was_chosen_is_printed_and_kept(first):
+    folder, printed = first
     config = json.loads((folder / "config.json").read_text())
-    assert config["settings"]["ratio"] == 0.01
-    assert "auto" not in [
-        v for k, v in config["settings"].items() if k not in ("dataset", "corpus", "name")
-    ]
-    for note in config["chosen"].values():
-        assert note in printed
-    assert "the bundled lamo/hopper/medium-1pct-v0" in config["chosen"]["dataset"]
-    assert read_checkpoint(folder / "ckpt.pt")["chosen"] == config["chosen"]
+    checkpoint = read_checkpoint(folder / "ckpt.pt")
+    assert config["settings"].keys() == {field.name for field in fields(Config)}
+    assert config["settings"] == json.loads(json.dumps(checkpoint["settings"]))
+    assert config["notes"] == checkpoint["notes"]
+    assert "lamo/hopper/medium-1pct-v0" in config["notes"]["dataset"]
+    assert all(note in printed for note in config["notes"].values())
+    assert str(folder) in printed
+    assert config["torch"] == torch.__version__
+    describe = ["git", "-C", str(ROOT), "describe", "--always"]
+    commit = subprocess.run(describe, capture_output=True, text=True, check=False).stdout.strip()
+    assert config["commit"].startswith(commit)
     result = json.loads((folder / "result.json").read_text())
     assert result["score"] == max(t["score"] for t in result["targets"])
-    assert result["dataset"] == config["chosen"]["dataset"]
-    assert str(folder / "ckpt.pt") in printed
+    assert result["dataset"] == config["notes"]["dataset"]
 
 
-def test_what_a_run_depends_on_is_recorded(short_run):
-    folder, _ = short_run
-    config = json.loads((folder / "config.json").read_text())
-    assert config["versions"]["torch"] == torch.__version__
-    assert config["versions"]["python"] == sys.version.split()[0]
-    for package in ("numpy", "gymnasium", "mujoco", "minari", "tiktoken"):
-        assert config["versions"][package] == version(package)
-    assert config["machine"]["device"] == "cpu"
-    assert config["machine"]["threads"] >= 1
-    assert config["data"]["dataset"] == "lamo/hopper/medium-1pct-v0"
-    assert len(config["data"]["sha256"]) == len(config["base"]["sha256"]) == 64
-    (text,) = (cache_folder()).glob("python-manual-*.txt")
-    digest = hashlib.sha256(text.read_bytes()).hexdigest()
-    assert config["base"]["text"] == f"{digest[:32]}-bytes"
-
-
-def test_the_codes_commit_is_recorded_and_whether_it_was_changed(tmp_path, monkeypatch):
-    def git(*words):
-        identity = ["-c", "user.name=x", "-c", "user.email=x@x", "-c", "commit.gpgsign=false"]
-        command = ["git", *identity, *words]
-        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
-        return done.stdout.strip()
-
-    monkeypatch.setattr(run_folder, "__file__", str(tmp_path / "run_folder.py"))
-    assert run_folder.code_version() == {"commit": None, "dirty": None}
-    (tmp_path / "run_folder.py").write_text("1")
-    git("init")
-    git("add", ".")
-    git("commit", "-m", "x")
-    commit = git("rev-parse", "HEAD")
-    assert len(commit) == 40
-    assert run_folder.code_version() == {"commit": commit, "dirty": False}
-    (tmp_path / "new.txt").write_text("not looked at")
-    assert run_folder.code_version() == {"commit": commit, "dirty": False}
-    (tmp_path / "run_folder.py").write_text("2")
-    assert run_folder.code_version() == {"commit": commit, "dirty": True}
-    (tmp_path / "inner").mkdir()  # another project's repository is around ours
-    monkeypatch.setattr(run_folder, "__file__", str(tmp_path / "inner" / "run_folder.py"))
-    assert run_folder.code_version() == {"commit": None, "dirty": None}
+def test_a_checkpoint_holds_what_was_trained_and_no_more(first):
+    checkpoint = read_checkpoint(first[0] / "ckpt.pt")
+    model, environment = load_policy(first[0] / "ckpt.pt", checkpoint)
+    trained = {name for name, p in model.named_parameters() if p.requires_grad}
+    assert checkpoint["model"].keys() == trained
+    assert environment.spec.id == "Hopper-v5"
+    size = 4 * sum(tensor.numel() for tensor in checkpoint["model"].values())
+    assert (first[0] / "best.pt").stat().st_size < size + 50_000
+    assert (first[0] / "ckpt.pt").stat().st_size < 3 * size + 100_000  # and AdamW's moments
 
 
 def test_the_same_command_gives_the_same_bits(tmp_path):
-    """Also under --deterministic, which changes nothing on a CPU."""
-    flags = "--env hopper --ratio 0.01 --steps 6 --eval-every 3 --episodes 1 --episode-limit 9"
-    flags += " --batch 4 --lm-length 32 --dropout 0.1 --log-every 2 --seed 3"
-    for name, more in (("one", []), ("two", []), ("three", ["--deterministic"])):
-        run("train.py", *flags.split(), "--out", tmp_path, "--name", name, *more)
-    logs, weights = [], []
-    for name in ("one", "two", "three"):
-        rows = [json.loads(row) for row in (tmp_path / name / "log.jsonl").read_text().splitlines()]
-        logs.append([{k: v for k, v in row.items() if k != "seconds"} for row in rows])
-        weights.append(read_checkpoint(tmp_path / name / "ckpt.pt")["model"])
-    assert logs[0] == logs[1] == logs[2]
-    for other in weights[1:]:
-        assert all(torch.equal(other[name], tensor) for name, tensor in weights[0].items())
-    settings = json.loads((tmp_path / "three" / "config.json").read_text())["settings"]
-    assert settings["deterministic"] is True
+    """Also under --deterministic, which changes nothing on a CPU. Another seed gives others."""
+    found = []
+    for more in ([], ["--deterministic"], ["--seed", 1]):
+        out = tmp_path / str(len(found))
+        call(train.main, *SHORT, "--out", out, "--name", "run", *more)
+        found.append(outcome(out / "run"))
+        for name in ("ckpt.pt", "best.pt"):
+            found[-1][name]["settings"].pop("deterministic")
+    assert_same(found[0], found[1])
+    assert found[0]["log.jsonl"] != found[2]["log.jsonl"]
 
 
-def test_a_checkpoint_is_small_and_holds_no_frozen_tensor(short_run):
-    folder, _ = short_run
-    checkpoint = read_checkpoint(folder / "ckpt.pt")
-    model = load_model(folder / "ckpt.pt", checkpoint)
-    trained = {name for name, p in model.named_parameters() if p.requires_grad}
-    assert set(checkpoint["model"]) == trained
-    n_trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    assert (folder / "ckpt.pt").stat().st_size < 4 * n_trained + 50_000
-    assert len(checkpoint["base"]["sha256"]) == 64
+# --- settings ------------------------------------------------------------------------------------
 
 
-def test_same_seed_same_bits(tmp_path):
-    states = []
-    for name in ("one", "two"):
-        short = ["--steps", 6, "--eval-every", 6, "--episodes", 1, "--batch", 8, "--lm-length", 64]
-        run("train.py", "--ratio", 0.005, *short, "--out", tmp_path / name)
-        (folder,) = (tmp_path / name).iterdir()
-        states.append(read_checkpoint(folder / "ckpt.pt")["model"])
-    for name, tensor in states[0].items():
-        assert torch.equal(tensor, states[1][name]), name
+def chosen(**typed):
+    c = Config(**typed)
+    choose_settings(c, {})
+    return c
 
 
-# --- two processes -------------------------------------------------------------------------------
+VALUES = {bool: True, int: 7, float: 0.25, str: "x", list[float]: [1.5, -2.0]}
+VALUES |= {tuple[str, ...]: ("c_fc", "c_proj")}
 
 
-def tiny_lamo():
-    torch.manual_seed(1)
-    return LaMo(GPT(GPTConfig(2, 2, 32, 50, 32, dropout=0.0)), (4,), 2, max_ep_len=10)
-
-
-def joined_batch():
-    """8 windows of unequal length and 4 blocks of text."""
-    rng = torch.Generator().manual_seed(2)
-    rtg, obs, act = (torch.randn(8, 6, n, generator=rng) for n in (1, 4, 2))
-    timestep = torch.arange(6).expand(8, 6)
-    valid = timestep < torch.tensor([1, 2, 1, 2, 6, 6, 5, 6])[:, None]  # rank 1 has far more
-    tokens = torch.randint(50, (4, 17), generator=rng)
-    return (rtg, obs, act, timestep, valid), (tokens[:, :-1], tokens[:, 1:])
-
-
-def gradients_of_one_of_two(rank, folder, port):
-    os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "localhost"}
-    os.environ["MASTER_PORT"] = str(port)
-    assert join_processes(torch.device("cpu")) == (rank, 2, torch.device("cpu"))
-    model = tiny_lamo()
-    objective = torch.nn.parallel.DistributedDataParallel(Objective(model))
-    window, text = joined_batch()
-    window = [x[4 * rank : 4 * rank + 4] for x in window]
-    text = [x[2 * rank : 2 * rank + 2] for x in text]
-    action_loss, lm_loss, _ = objective(window, valid_steps(window[-1], 2), text)
-    (action_loss + 0.1 * lm_loss).backward()
-    torch.save({n: p.grad for n, p in model.named_parameters()}, f"{folder}/{rank}.pt")
-    del objective
-    leave_processes()
-    for thread in Path("/proc/self/task").glob("*/comm"):  # (there are none but on Linux)
-        assert "gloo" not in thread.read_text()  # else it may abort the process at its end
-
-
-def free_port():
-    with socket.socket() as probe:
-        probe.bind(("localhost", 0))
-        return probe.getsockname()[1]
-
-
-def test_two_processes_have_the_gradients_of_the_joined_batch(tmp_path):
-    model = tiny_lamo()
-    window, text = joined_batch()
-    action_loss, lm_loss, _ = Objective(model)(window, valid_steps(window[-1], 1), text)
-    (action_loss + 0.1 * lm_loss).backward()
-    mp.spawn(gradients_of_one_of_two, (str(tmp_path), free_port()), nprocs=2)
-    for rank in range(2):
-        gradients = torch.load(tmp_path / f"{rank}.pt", weights_only=True)
-        for name, parameter in model.named_parameters():
-            assert torch.allclose(gradients[name], parameter.grad, rtol=1e-4, atol=1e-6), name
-
-
-def test_torchrun_trains_one_model_in_two_processes(tmp_path):
-    launcher = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
-    arguments = ["--ratio", 0.01, "--steps", 8, "--batch", 8, "--lm-length", 64, "--lm-batch", 2]
-    arguments += ["--eval-every", 8, "--episodes", 1, "--out", tmp_path / "runs"]
-    printed = run("train.py", *arguments, launcher=launcher)
-    (folder,) = (tmp_path / "runs").iterdir()  # one run, not two
-    assert read_checkpoint(folder / "ckpt.pt")["step"] == 8
-    assert "2 processes" in printed
-
-
-# --- pieces --------------------------------------------------------------------------------------
-
-
-def test_action_loss_is_the_mean_over_valid_entries():
-    window, _ = joined_batch()
-    model = tiny_lamo()
-    action_loss, lm_loss, _ = Objective(model)(window, valid_steps(window[-1], 1), None)
-    predicted = model(*window[:4]).detach()
-    errors = [
-        float((predicted[b, k, a] - window[2][b, k, a]) ** 2)
-        for b in range(8)
-        for k in range(6)
-        for a in range(2)
-        if window[4][b, k]
-    ]
-    assert action_loss.item() == pytest.approx(np.mean(errors), rel=1e-5)
-    assert lm_loss.item() == 0
-
-
-class Steady:
-    """A policy in closed form for `rollout`, which writes down what it was shown."""
-
-    training = False
-
-    def __init__(self):
-        self.shown = []
-
-    def eval(self):
-        return self
-
-    def train(self, mode):
-        return self
-
-    def modules(self):
-        return []
-
-    def observe(self, rtg, obs, timestep):  # tokens are what they stand for: values, then the time
-        values = [F.pad(x[:, 0], (0, 11 - x.shape[-1])) for x in (rtg, obs)]
-        return torch.stack([torch.cat([v, timestep], dim=1) for v in values], 1)[:, None]
-
-    def remember(self, act, timestep):
-        return torch.cat([F.pad(act[:, 0], (0, 8)), timestep], dim=1)[:, None, None]
-
-    def act(self, tokens):
-        self.shown.append(tokens.clone())
-        return torch.tanh(tokens[:, -1, :3] * 3) + 0.5  # beyond the bounds at times
-
-
-@pytest.mark.parametrize("mode", ["normal", "delayed"])
-def test_rollout_equals_one_episode_at_a_time(hopper, mode):
-    settings = {"context": 4, "scale": 1000.0, "mode": mode, "dtype": "fp32", "episode_limit": 0}
-    mean, std = torch.linspace(-0.1, 0.1, 11), torch.linspace(0.5, 2, 11)
-    model = Steady()
-    results = rollout(model, hopper, settings, (mean, std), [2000.0, 500.0], 3, seed=7)
-    assert [r["target"] for r in results] == [2000.0, 500.0]
-
-    env = gym.make("Hopper-v5")
-    for result in results:
-        for episode in range(3):
-            observation, _ = env.reset(seed=7 + episode)
-            total, length, done, rtg = 0.0, 0, False, result["target"] / 1000
-            before = None  # the action of the step before
-            while not done:
-                obs = (torch.tensor(observation, dtype=torch.float32) - mean) / std
-                action = (torch.tanh(obs[:3] * 3) + 0.5).clamp(-1, 1).numpy()
-                if episode == 0 and result is results[0]:  # row 0 is there as long as it lives
-                    shown = model.shown[length][0]  # (3n - 1, 12), R and s of now at the end
-                    n = min(length + 1, 4)
-                    assert len(shown) == 3 * n - 1
-                    assert shown[-2, 0].item() == pytest.approx(rtg, rel=1e-4)
-                    assert torch.allclose(shown[-1, :11], obs)
-                    assert shown[::3, 11].tolist() == list(range(length + 1 - n, length + 1))
-                    assert shown[1::3, 11].tolist() == list(range(length + 1 - n, length + 1))
-                    if length:
-                        np.testing.assert_allclose(shown[-3, :3], before, rtol=1e-5)
-                        assert shown[-3, 11] == length - 1
-                before = action
-                observation, reward, terminated, truncated, _ = env.step(action)
-                total, length, done = total + reward, length + 1, terminated or truncated
-                rtg -= 0 if mode == "delayed" else reward / 1000
-            assert result["returns"][episode] == pytest.approx(total, rel=1e-6)
-            assert result["lengths"][episode] == length
-        assert result["return_mean"] == pytest.approx(np.mean(result["returns"]))
-        assert result["score"] == pytest.approx(normalised_score(hopper, result["return_mean"]))
-
-
-def test_normalised_score_is_0_for_random_and_100_for_expert(hopper):
-    assert normalised_score(hopper, -20.3) == 0
-    assert normalised_score(hopper, 3234.3) == 100
-    assert normalised_score(hopper, 1607.0) == pytest.approx(50)
+def test_every_field_is_a_flag_and_comes_back_from_a_checkpoint(tmp_path):
+    values = {}
+    for name, hint in get_type_hints(Config).items():
+        kinds = [kind for kind in (hint, *get_args(hint)) if kind is not type(None)]
+        known = [VALUES[kind] for kind in kinds if kind in VALUES]
+        values[name] = (
+            known[0] if known else get_args(kinds[-1])[-1] if get_args(kinds[-1]) else kinds[-1]
+        )
+    words = []
+    for name, value in values.items():
+        several = isinstance(value, list | tuple)
+        if get_type_hints(Config)[name] is not bool:
+            words += [f"--{name.replace('_', '-')}", *(value if several else [value])]
+        else:
+            words.append(f"--{name.replace('_', '-')}")
+    c = tyro.cli(Config, args=[str(word) for word in words])
+    assert asdict(c) == values
+    checkpoint = {"format": train.FORMAT, "settings": asdict(c), "model": {}}
+    save_checkpoint(tmp_path / "ckpt.pt", checkpoint)
+    assert Config(**read_checkpoint(tmp_path / "ckpt.pt")["settings"]) == c
+    assert tyro.cli(Config, args=[]) == Config()
 
 
 @given(
-    st.lists(st.tuples(st.floats(-50, 150), st.floats(-50, 150)), min_size=1, max_size=12),
-    st.integers(1, 50),
+    env=st.sampled_from([None, *TASKS]),
+    method=st.sampled_from(list(METHODS)),
+    typed=st.fixed_dictionaries(
+        {},
+        optional={
+            "embed": st.sampled_from(["linear", "mlp", "tokens"]),
+            "train": st.sampled_from(["lora", "new", "all"]),
+            "lm_coef": st.floats(0, 1),
+            "lr": st.floats(1e-6, 1),
+            "dropout": st.floats(0, 0.9),
+            "steps": st.integers(1, 10**6),
+            "context": st.integers(1, 100),
+            "targets": st.lists(st.floats(-9, 9), min_size=1),
+            "batch": st.integers(1, 99),
+        },
+    ),
 )
-def test_the_final_score_follows_the_protocol(scores, every):
-    evaluations = [
-        {
-            "step": (i + 1) * every,
-            "results": [
-                {"target": t, "score": s, "return_mean": 10 * s, "cut": 0}
-                for t, s in zip((2, 1), pair, strict=True)
-            ],
-        }
-        for i, pair in enumerate(scores)
-    ]
-    n = len(scores)
-    result = final_result(evaluations, n * every)
-    late = [pair for i, pair in enumerate(scores) if 5 * (i + 1) > 4 * n]
-    means = [sum(column) / len(late) for column in zip(*late, strict=True)]
-    assert result["score"] == pytest.approx(max(means))
-    assert result["evaluations_averaged"] == len(late)
-    assert result["best_single_evaluation"] == max(max(pair) for pair in scores)
-    assert result["return_mean"] == pytest.approx(10 * max(means))
+def test_typed_flags_win_over_the_method_it_over_presets_and_those_over_the_task(
+    env, method, typed
+):
+    c = chosen(env=env, method=method, **typed)
+    task = TASKS[env or "hopper"]
+    short = {name: values[1] for name, values in PRESETS.items()}  # there is no CUDA here
+    shown = {}
+    for values in (vars(task), short, METHODS[method], typed):
+        for name, value in values.items():
+            if name in vars(c) and value is not None:
+                shown[name] = value
+    assert {name: getattr(c, name) for name in shown} == shown
+    assert c.device == "cpu"
+    assert c.compile is False
+    again = Config(**asdict(c))  # as --resume does
+    choose_settings(again, {})
+    assert again == c
 
 
-def test_typed_flags_win_over_the_method_it_over_preset_and_task():
-    settings, task, notes = resolve(Config(), {})
-    assert task is HOPPER
-    assert (settings["lm"], settings["method"], settings["embed"]) == ("mini", "lamo", "linear")
-    assert settings["context"] == 20
-    assert settings["scale"] == 1000
-    assert settings["targets"] == [3600, 1800]
-    if not torch.cuda.is_available():
-        assert settings["device"] == "cpu"
-        assert "without CUDA" in notes["lm"]
-    settings, _, _ = resolve(Config(), {"method": "dt"})
-    assert (settings["lm"], settings["pretrained"], settings["train"]) == ("dt", False, "all")
-    settings, _, _ = resolve(
-        Config(), {"method": "dt", "embed": "mlp", "steps": 7, "targets": [5.0]}
-    )
-    assert (settings["embed"], settings["steps"], settings["targets"]) == ("mlp", 7, [5.0])
+def test_what_a_dataset_without_a_row_says():
+    c, environment = chosen(env="hopper"), SimpleNamespace(spec=SimpleNamespace())
+    data = SimpleNamespace(returns=np.arange(11.0), lengths=np.array([3, 40, 7]), scale=10.0)
+    c.targets = c.scale = c.max_ep_len = None
+    environment.spec.max_episode_steps, environment.spec.id = None, "Any-v0"
+    c.episode_limit = 0
+    complete_settings(c, data, environment)
+    assert (c.targets, c.scale, c.max_ep_len) == ([10.0, 9.0], 10.0, 40)
+    assert c.episode_limit > 40  # else an episode might never end
+    c.max_ep_len, environment.spec.max_episode_steps, c.episode_limit = None, 60, 0
+    complete_settings(c, data, environment)
+    assert (c.max_ep_len, c.episode_limit) == (60, 0)
 
 
-def test_the_quality_of_a_dataset_is_part_of_its_name(tmp_path, monkeypatch):
-    """An expert set in the folder is found; the bundled medium one does not stand in for it."""
-    monkeypatch.setenv("MINARI_DATASETS_PATH", str(tmp_path))
-    bundled = read_dataset(BUNDLED / HOPPER.bundled).spec.data_path
-    shutil.copytree(Path(bundled).parent / "data", tmp_path / "mujoco/hopper/expert-v0/data")
-    found, share, note = find_dataset("hopper", HOPPER, 1.0, quality="expert")
-    assert (share, note) == (1.0, f"mujoco/hopper/expert-v0 in {tmp_path}")
-    assert found.total_episodes == 26
-    with pytest.raises(UserError, match="mujoco/hopper/simple-v0 is not in"):
-        find_dataset("hopper", HOPPER, 0.01, quality="simple")
+@given(st.integers(1, 300), st.integers(0, 100), st.sampled_from([0.0, 0.1, 0.5, 1.0]))
+def test_the_learning_rate_rises_stays_and_falls(steps, warmup, cooldown):
+    c = Config(lr=0.25, steps=steps, warmup=warmup, cooldown=cooldown)
+    for step in range(1, steps + 1):
+        rising = np.interp(step, [0, max(warmup, 1)], [0, 0.25])
+        last = steps + 1  # when it would be 0
+        falling = np.interp(step, [last - cooldown * steps, last], [0.25, 0]) if cooldown else 1
+        assert get_lr(step, c) == pytest.approx(min(rising, falling))
 
 
-def test_the_learning_rate_rises_stays_and_falls(short_run):
-    """120 steps, 10 of warm-up, the short preset's cooldown over the second half."""
-    rates = {row["step"]: row["lr"] for row in rows_of(short_run[0]) if "lr" in row}
-    assert rates[20] == rates[60] == 1e-3
-    assert rates[80] == pytest.approx(1e-3 * (120 - 79) / 60)
-    assert rates[120] == pytest.approx(1e-3 / 60)
+# --- methods -------------------------------------------------------------------------------------
+
+TABLE = {  # pre-trained, what is trained, embed (None: the task's), lm_coef, similarity
+    "lamo": (True, "lora", None, 0.1, 0),
+    "lamo-nolm": (True, "lora", None, 0, 0),
+    "lamo-linear": (True, "lora", "linear", 0.1, 0),
+    "lamo-freeze": (True, "new", None, 0.1, 0),
+    "lamo-full": (True, "all", None, 0.1, 0),
+    "lamo-random": (False, "lora", None, 0.1, 0),
+    "dt": (False, "all", "linear", 0, 0),
+    "wiki-rl": (True, "all", "linear", 0, 0.1),
+}
 
 
-def test_windows_made_ahead_come_in_the_same_order():
-    made = []
-
-    def make():
-        made.append(len(made))
-        if len(made) == 20:
-            raise RuntimeError("twenty")
-        return made[-1]
-
-    seen = list(itertools.islice(ahead(make), 10))
-    assert seen == list(range(10))
-    assert len(made) == 11  # one ahead, never more
-    with pytest.raises(RuntimeError, match="twenty"):
-        list(itertools.islice(ahead(make), 20))
-
-
-def test_auto_may_be_typed_and_a_random_base_needs_no_weights():
-    assert resolve(Config(), {"method": "lamo-random", "lm": "gpt2"})[0]["lm"] == "gpt2"
-    settings, _, _ = resolve(Config(), {})
-    assert "auto" not in [v for k, v in settings.items() if k not in ("dataset", "corpus", "name")]
+def expected_names(how, embed, language):
+    """Names of all that is trained in three layers, from the method's description."""
+    two = ("weight", "bias")
+    names = {"embed_time.weight", "embed_ln.weight", "embed_ln.bias"}
+    for part in ("embed_return", "embed_state", "embed_action"):
+        inner = ("",) if embed == "linear" else (".fc1", ".fc2")
+        names |= {f"{part}{fc}.{x}" for fc in inner for x in two}
+    names |= {f"head.{i}.{x}" for i in ((0,) if embed == "linear" else (0, 2)) for x in two}
+    if how == "lora":
+        kinds = ("lora_A", "lora_B", "bias")
+        names |= {f"gpt.h.{i}.attn.c_attn.{x}" for i in range(3) for x in kinds}
+    if how == "all":
+        parts = ("ln_1", "ln_2", "attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")
+        names |= {f"gpt.h.{i}.{part}.{x}" for i in range(3) for part in parts for x in two}
+        names |= {"gpt.ln_f.weight", "gpt.ln_f.bias"}
+        names |= {"gpt.wte.weight", "gpt.wpe.weight"} if language else set()
+    return names
 
 
-@pytest.mark.parametrize("method", ["dt", "lamo-full"])
-def test_a_checkpoint_of_all_weights_needs_no_base(hopper, method):
-    """Another seed stands for another machine, whose random numbers may differ in the last bit."""
-    settings, _, notes = resolve(Config(), {"method": method})
-    model, base = build_model(settings, hopper)
-    checkpoint = {"settings": settings | {"seed": 1, "lm": "mini" if method != "dt" else "dt"}}
-    checkpoint |= {"chosen": notes, "base": base, "environment": hopper}
-    checkpoint["model"] = trained_state(model, "all", 0)
-    again = load_model("ckpt.pt", checkpoint)
+@pytest.mark.parametrize("env", ["hopper", "reacher2d"])
+@pytest.mark.parametrize("method", METHODS)
+def test_a_method_trains_what_it_says_and_nothing_else(method, env, boxes):
+    c = chosen(env=env, method=method, dtype="fp32")
+    pretrained, how, embed, lm_coef, similarity = TABLE[method]
+    embed = embed or {"hopper": "linear", "reacher2d": "mlp"}[env]
+    assert (c.pretrained, c.train, c.embed, c.lm_coef) == (pretrained, how, embed, lm_coef)
+    assert (c.similarity or 0) == similarity
+    assert c.lm == ("dt" if method == "dt" else "mini")
+    model, base = build_model(c, boxes(11, 3))
+    assert ("random" in base["lm"]) == (not pretrained)
+    trained = {name for name, p in model.named_parameters() if p.requires_grad}
+    assert trained == expected_names(how, embed, lm_coef > 0)
+    window = [torch.randn(2, 3, n) for n in (1, 11, 3)]
+    window += [torch.arange(3).expand(2, 3), torch.ones(2, 3, dtype=torch.bool)]
+    text = [torch.randint(257, (1, 8))] * 2 if c.lm_coef else None
+    centres = word_centres(model.gpt.wte.weight) if c.similarity else None
+    losses = Objective(model, centres)(window, torch.tensor(6.0), text)
+    (losses[0] + c.lm_coef * losses[1] - similarity * losses[2]).backward()
+    assert {name for name, p in model.named_parameters() if p.grad is not None} == trained
+
+
+@pytest.mark.parametrize("method", ["dt", "lamo-full", "lamo-random"])
+def test_a_checkpoint_needs_its_base_only_where_that_was_frozen(method, hopper):
+    """Another seed stands for another machine, whose random numbers may differ."""
+    c = chosen(method=method)
+    model, base = build_model(c, hopper)
+    checkpoint = {"settings": asdict(c) | {"seed": 1}, "base": base, "environment": pack(hopper)}
+    trained = {name for name, p in model.named_parameters() if p.requires_grad or c.train == "all"}
+    checkpoint["model"] = {n: x for n, x in model.state_dict().items() if n in trained}
+    if method == "lamo-random":
+        with pytest.raises(train.UserError, match="--lm"):
+            load_policy("ckpt.pt", checkpoint)
+        checkpoint["settings"]["seed"] = 0
+    again, _ = load_policy("ckpt.pt", checkpoint)
     for (name, a), b in zip(model.state_dict().items(), again.state_dict().values(), strict=True):
         assert torch.equal(a, b), name
 
 
-@pytest.mark.parametrize("method", METHODS)
-def test_every_method_builds_and_steps(hopper, method):
-    settings, _, _ = resolve(Config(), {"method": method})
-    model, base = build_model(settings, hopper)
-    assert ("random" in base["lm"]) == (method in ("lamo-random", "dt"))
-    assert model.gpt.config.n_embd == (128 if method == "dt" else 192)
-    window = [torch.randn(2, 3, n) for n in (1, 11, 3)]
-    window += [torch.arange(3).expand(2, 3), torch.ones(2, 3, dtype=torch.bool)]
-    text = [torch.randint(257, (1, 8))] * 2 if settings["lm_coef"] else None
-    losses = Objective(model)(window, valid_steps(window[-1], 1), text)
-    (losses[0] + settings["lm_coef"] * losses[1]).backward()
-    for name, parameter in model.named_parameters():
-        assert (parameter.grad is not None) == parameter.requires_grad, name
+# --- Wiki-RL -------------------------------------------------------------------------------------
+
+
+def test_the_pull_fades():
+    assert fading(0) == pytest.approx(1 / (1 + math.exp(-5)))
+    assert fading(2500) == 0.5
+    assert fading(5000) == pytest.approx(1 / (1 + math.exp(5)))
+    assert fading(10**7) < 1e-9
+
+
+def test_words_are_clustered_by_their_directions():
+    directions = torch.tensor([[1.0, 0, 0], [0, 1, 0], [0, 0, -1]])
+    lengths = torch.rand(60, 1) * 5 + 0.5  # which are not to matter
+    words = directions.repeat(20, 1) * lengths + 0.01 * torch.randn(60, 3)
+    centres = word_centres(words, clusters=3)
+    assert torch.allclose(centres.norm(dim=-1), torch.ones(3))
+    assert (directions @ centres.T).amax(-1).min() > 0.999
+    few = word_centres(words[:3], clusters=3)
+    assert torch.allclose(few, words[:3] / words[:3].norm(dim=-1, keepdim=True))
+
+
+def test_the_similarity_is_the_mean_cosine_with_the_nearest_centre():
+    lamo = LaMo(GPT(GPTConfig(1, 2, 16, 11, 8, dropout=0.0)), (3,), 2, embed="linear")
+    torch.nn.init.normal_(lamo.embed_ln.weight)
+    centres = torch.nn.functional.normalize(torch.randn(5, 16), dim=-1)
+    rtg, obs, act = (torch.randn(3, 4, n) for n in (1, 3, 2))
+    valid = torch.arange(4) < torch.tensor([[4], [1], [2]])
+    window = [rtg, obs, act, torch.arange(4).expand(3, 4), valid]
+    found = []
+    for b, k in valid.nonzero().tolist():
+        parts = (lamo.embed_return, rtg), (lamo.embed_state, obs), (lamo.embed_action, act)
+        for layer, x in parts:
+            token = (layer.weight @ x[b, k] + layer.bias).detach().numpy()
+            token = (token - token.mean()) / np.sqrt(token.var() + 1e-5)
+            token = token * lamo.embed_ln.weight.detach().numpy()
+            found.append(max(token @ c / np.linalg.norm(token) for c in centres.numpy()))
+    similarity = Objective(lamo, centres)(window, torch.tensor(7.0), None)[2]
+    assert similarity.item() == pytest.approx(np.mean(found), rel=1e-4)
+    assert Objective(lamo)(window, torch.tensor(7.0), None)[2] == 0
+
+
+def test_a_run_pulls_tokens_towards_words(tmp_path):
+    rows = {}
+    for pull in (0.0, 10.0):
+        words = ["--method", "wiki-rl", "--similarity", pull, "--lr", 1e-2, "--steps", 30]
+        call(train.main, *SHORT, *words, "--eval-every", 30, "--out", tmp_path, "--name", pull)
+        rows[pull] = [r.get("similarity") for r in log_of(tmp_path / str(pull)) if "lr" in r]
+    assert rows[10.0][-1] > rows[10.0][0] + 0.1
+    assert rows[0.0] == [None] * 10
+
+
+# --- trackers ------------------------------------------------------------------------------------
+
+
+def test_tensorboard_has_the_numbers_of_the_log(tmp_path):
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    words = [*SHORT, "--method", "dt", "--out", tmp_path, "--name", "run", "--tensorboard"]
+    finish(start("train.py", *words))
+    read = EventAccumulator(str(tmp_path / "run"))
+    read.Reload()
+    found = {(t, e.step): e.value for t in read.Tags()["scalars"] for e in read.Scalars(t)}
+    wanted = {}
+    for row in log_of(tmp_path / "run"):
+        for name in {"action_loss", "lr"} & row.keys():
+            wanted[name, row["step"]] = row[name]
+        for r in row.get("evaluation", ()):
+            for name in ("return_mean", "score"):
+                wanted[f"{name}/{r['target']}", row["step"]] = r[name]
+    assert len(wanted) == 4 * 2 + 3 * 4
+    for key, value in wanted.items():
+        assert found[key] == pytest.approx(value, rel=1e-6)
+
+
+def test_wandb_keeps_an_offline_run(tmp_path, monkeypatch):
+    pytest.importorskip("wandb")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    words = [*SHORT, "--method", "dt", "--out", tmp_path, "--name", "run", "--wandb"]
+    finish(start("train.py", *words))
+    (folder,) = (tmp_path / "run" / "wandb").glob("offline-run-*")
+    assert list(folder.glob("*.wandb"))
