@@ -14,6 +14,7 @@ import os
 import shutil
 import subprocess
 import time
+import zipfile
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -235,6 +236,8 @@ def save_checkpoint(path, run):
 def read_checkpoint(path, expected=FORMAT):
     """The dictionary that save_checkpoint wrote. Raises UserError for what is none."""
     with reading(path, "a checkpoint, such as runs/<run>/ckpt.pt"):
+        if damaged := zipfile.ZipFile(path).testzip():  # torch.load looks at no checksum
+            raise ValueError(f"the checksum of {damaged} is wrong")
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         if checkpoint["format"] != expected:
             raise ValueError(f"its format is {checkpoint['format']}, not {expected}")
@@ -394,7 +397,9 @@ def prepare(c, task, notes, folder, saved, device):
     run = {"format": FORMAT, "settings": dict(vars(c)), "notes": notes, "base": base, "data": size}
     run |= {"environment": pack(environment), "dataset": str(Path(dataset.spec.data_path).parent)}
     run |= {"obs_mean": data.obs_mean.cpu(), "obs_std": data.obs_std.cpu(), "evaluations": []}
-    run |= {"step": 0, "seconds": 0.0, "evaluating": 0.0, "log_bytes": 0}
+    run |= {"step": 0, "seconds": 0.0, "evaluating": 0.0, "log_bytes": 0, "centres": None}
+    if c.similarity and not saved:  # of the words as they are before training
+        run["centres"] = word_centres(model.gpt.wte.weight)
     return data, environment, model, tokens, run
 
 
@@ -415,7 +420,6 @@ def main():
     data, environment, model, tokens, run = prepare(c, task, notes, folder, saved, device)
     if rank == 0 and world > 1:
         dist.barrier()
-    centres = word_centres(model.gpt.wte.weight).to(device) if c.similarity else None
 
     # Other windows, text and dropout in each process, but the same in every run.
     seed = c.seed + 1_000_003 * rank
@@ -427,7 +431,7 @@ def main():
     trained = [p for p in model.to(device).parameters() if p.requires_grad]
     adamw = {"betas": (0.9, 0.999), "eps": 1e-6, "weight_decay": c.weight_decay, "fused": True}
     optimiser = torch.optim.AdamW(trained, lr=c.lr, **adamw)
-    objective = Objective(model, centres)
+    objective = Objective(model, (saved or run)["centres"]).to(device)
     objective = torch.compile(objective) if c.compile else objective
     if world > 1:
         objective = nn.parallel.DistributedDataParallel(objective)
@@ -435,10 +439,10 @@ def main():
 
     sums = torch.zeros(4, device=device)  # since the last row of the log: three losses, and steps
     if saved:
-        if len(saved["states"]) != world:
-            raise UserError(f"{folder} was begun by {len(saved['states'])} processes, not {world}")
         with reading(folder / "ckpt.pt", "a checkpoint to go on from"):
-            run = saved
+            run, n = saved, len(saved["states"])
+            if n != world:
+                raise UserError(f"{folder} was begun by {n} processes, not {world}")
             optimiser.load_state_dict(run["optimiser"])
             sums += run["states"][rank]["sums"].to(device)
             for rng, state in zip(rngs, run["states"][rank]["rngs"], strict=True):

@@ -14,7 +14,6 @@ os.environ["LAMO_CACHE"] = f"{FOLDER.name}/cache"
 os.environ["MINARI_DATASETS_PATH"] = f"{FOLDER.name}/minari"
 
 import gymnasium as gym
-import numpy as np
 import pytest
 import torch
 from hypothesis import settings
@@ -37,19 +36,8 @@ def hopper():
     """The Environment of the task hopper, without a dataset."""
     _, task = find_task("hopper")
     env = gym.make(task.env_id)
-    spaces = env.observation_space, env.action_space
-    return Environment(env.spec, *spaces, task.random, task.expert)
-
-
-@pytest.fixture
-def boxes():
-    """Make an Environment, in name only, of vectors: O numbers seen and A done."""
-
-    def make(obs_dim, act_dim):
-        seen, done = gym.spaces.Box(-np.inf, np.inf, (obs_dim,)), gym.spaces.Box(-1, 1, (act_dim,))
-        return Environment(gym.spec("Hopper-v5"), seen, done, 0.0, 1.0)
-
-    return make
+    known = env.observation_space, env.action_space, task.random, task.expert
+    return Environment(env.spec, *known)
 
 
 @pytest.fixture

@@ -81,13 +81,9 @@ def assert_same(a, b, where=""):
     assert type(a) is type(b), where
     if isinstance(a, torch.Tensor):
         assert torch.equal(a, b), where
-    elif isinstance(a, dict):
-        assert a.keys() == b.keys(), where
-        for key in a:
-            assert_same(a[key], b[key], f"{where}/{key}")
-    elif isinstance(a, list | tuple):
+    elif isinstance(a, dict | list | tuple):
         assert len(a) == len(b), where
-        for i, (x, y) in enumerate(zip(a, b, strict=True)):
-            assert_same(x, y, f"{where}/{i}")
+        for key in a if isinstance(a, dict) else range(len(a)):
+            assert_same(a[key], b[key], f"{where}/{key}")
     else:
         assert a == b, where
