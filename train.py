@@ -287,6 +287,8 @@ def open_log(c, folder, run):
     log.jsonl from after the checkpoint is cut off first: it comes again."""
     (folder / "log.jsonl").touch()
     os.truncate(folder / "log.jsonl", run["log_bytes"])
+    for unfinished in folder.glob(".*.tmp"):  # what a kill left of a file
+        unfinished.unlink()
     if c.tensorboard:
         from torch.utils.tensorboard import SummaryWriter
 

@@ -98,13 +98,6 @@ def test_transitions_are_what_walking_through_the_episodes_gives(episodes, frame
         assert batch["next", "reward"][i].item() == number * 10
 
 
-@pytest.mark.parametrize(("span", "clip", "rewards"), [(100, 0, [0, 20, 40]), (0, 1, [0, 1, 1])])
-def test_rewards_are_scaled_and_clipped_as_asked(span, clip, rewards):
-    data = numbered([2, 1], [False, False], frames=False)  # whose returns are 20 and 70
-    data = make_transitions(data, SimpleNamespace(return_span=span, clip_rewards=clip))
-    assert data.rtg[:, 0].tolist() == rewards
-
-
 # --- a chain of five states, choices -------------------------------------------------------------
 
 STATES, LEFT, RIGHT = 5, 0, 1
@@ -141,14 +134,6 @@ def test_a_chain_is_solved_but_by_bc(algo, small):
     error = learner.policy.net(table)["action_value"].detach().numpy() - values
     assert error[:, RIGHT].max() < 0.1  # all that CQL promises, which is conservative
     assert algo == "cql" or np.abs(error).max() < 0.1
-
-
-@pytest.mark.parametrize(("algo", "right", "other"), [("bcq", 0.1, {}), ("cql", 0.4, {"alpha": 5})])
-def test_choices_that_the_data_hardly_make_are_not_made(algo, right, other, small):
-    """BCQ: a ninth as likely as the likeliest is below its threshold. CQL: its weight is large."""
-    learner = learner_of(algo, CHOICES, STATES, 2, target_every=25, **other)
-    learn(learner, chain_data(4000, right), 300, 64)
-    assert (learner.policy(EYE).argmax(-1) == LEFT).all()
 
 
 @pytest.mark.parametrize("algo", ["cql", "bcq"])

@@ -9,8 +9,6 @@ from pathlib import Path
 import h5py
 import minari
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 import torch
 from gymnasium.spaces import Box, Discrete
@@ -227,14 +225,6 @@ def test_a_dataset_asked_for_is_found_or_an_error(five, tmp_path):
             find_dataset("hopper", HOPPER, 0.01, name)
 
 
-def test_the_bundled_set_is_what_it_says():
-    dataset, share, _ = find_dataset("hopper", HOPPER, 0.01, HOPPER.bundled)
-    about = json.loads((BUNDLED / HOPPER.bundled / "about.json").read_text())
-    flat = load_trajectories(dataset, dataset.action_space, HOPPER.scale, 0.01 / share)
-    assert (len(flat), len(flat.lengths)) == (about["steps"], about["episodes"])
-    assert flat.returns.mean() == pytest.approx(about["return_mean"], rel=1e-5)
-
-
 @pytest.mark.parametrize("kind", ["observations", "actions", "rewards"])
 @pytest.mark.parametrize("spoil", [np.nan, np.inf, "short", "gone"])
 def test_data_that_cannot_be_learnt_from_are_refused(five, kind, spoil):
@@ -343,23 +333,3 @@ def test_blocks_of_text_and_their_targets(n, batch, seed):
     assert torch.equal(y, x + 1)
     assert torch.equal(x - x[:, :1], torch.arange(length).expand(batch, -1))
     assert y.max() <= n - 1
-
-
-def test_which_text_is_taken(tmp_path, monkeypatch):
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
-    monkeypatch.setenv("LAMO_CACHE", str(tmp_path / "cache"))
-    manual, _ = data.find_text()  # the mini LM's, without a network
-    assert "exception" in manual.read_text(encoding="utf-8")
-    assert data.find_text("english", byte_level=False)[0] == manual
-    assert data.find_text("my/text.txt")[0] == Path("my/text.txt")
-    for corpus, byte_level in ((None, False), ("wikitext", True)):
-        with refused(match="--corpus FILE"):
-            data.find_text(corpus, byte_level)
-    rows, files = [["", " = Title = \n", " Été . \n"], [" next \n"]], {}
-    for name, part in zip(data.WIKITEXT_FILES, rows, strict=True):
-        pq.write_table(pa.table({"text": part}), tmp_path / "x.parquet")
-        files[name] = (tmp_path / "x.parquet").read_bytes()
-    hub_cache(tmp_path / "hub" / "datasets--Salesforce--wikitext", files)
-    for corpus in (None, "wikitext"):
-        assert data.find_text(corpus)[0].read_bytes().decode() == "".join(rows[0] + rows[1])
-    assert data.find_text("english")[0] == manual

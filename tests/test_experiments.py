@@ -119,12 +119,6 @@ def test_two_processes_pretrain_what_one_does(tmp_path, monkeypatch):
     assert log[-1] == pytest.approx(other_log[-1], rel=0.01)
 
 
-@pytest.mark.parametrize("flag", ["--out lm.bin", "--n-head 5", "--block-size 99999", "--steps 0"])
-def test_a_setting_that_makes_no_sense_is_a_user_error(tmp_path, monkeypatch, flag):
-    with pytest.raises(UserError, match=flag.split()[0]):
-        pretrain_tiny(monkeypatch, tmp_path, *flag.split())
-
-
 @settings(max_examples=30, deadline=None)
 @given(st.text("ab \n", max_size=80), st.integers(0, 10_000))
 def test_a_shuffled_block_has_the_same_words_in_another_order(text, seed):

@@ -146,12 +146,3 @@ def test_a_damaged_dqn_file_leaves_nothing(tmp_path, home, monkeypatch, spoilt):
 
 MISTAKES = [f"--import-d4rl x.hdf5 --env {x}" for x in ("walker2d", "pong", "ant --quality bad")]
 MISTAKES += [f"--import-dqn-replay . --env {x}" for x in ("hopper", "pong")]
-
-
-@pytest.mark.parametrize("flags", [*MISTAKES, "--import-d4rl text --env hopper"])
-def test_files_of_another_task_or_kind_are_user_errors(tmp_path, home, monkeypatch, flags):
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "text").write_text("text")
-    write_d4rl("x.hdf5", [2, 2])
-    with pytest.raises(UserError):
-        call(monkeypatch, *flags.split())

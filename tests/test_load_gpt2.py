@@ -16,14 +16,13 @@ from transformers import (
 )
 
 from load_gpt2 import (
-    LANGUAGE_MODELS,
     WEIGHTS,
     fingerprint,
     load_gpt2,
     make_gpt,
     save_gpt2,
 )
-from model import GPT, GPTConfig, text_loss
+from model import GPT, GPTConfig
 from utils import UserError, is_cached
 
 SIZES = dict(n_layer=2, n_head=3, n_embd=48, vocab_size=101, n_positions=64)
@@ -84,15 +83,6 @@ def test_saved_weights_are_read_by_us_and_by_transformers(tmp_path, dtype):
     assert (theirs(tokens).logits - again(tokens)).abs().max() < 1e-5
 
 
-def test_published_sizes():
-    counts = {"distilgpt2": 81_912_576, "gpt2": 124_439_808, "gpt2-medium": 354_823_168}
-    counts |= {"gpt2-large": 774_030_080, "gpt2-xl": 1_557_611_200}
-    for name, count in counts.items():
-        with torch.device("meta"):
-            gpt = GPT(LANGUAGE_MODELS[name][1])
-        assert sum(p.numel() for p in gpt.parameters()) == count, name
-
-
 def test_random_weights_are_the_seeds_and_nothing_else():
     once, base = make_gpt("dt", False, 0.1, 3)
     twice, _ = make_gpt("dt", False, 0.1, 3)
@@ -103,12 +93,6 @@ def test_random_weights_are_the_seeds_and_nothing_else():
     shape, (mini, base) = make_gpt("mini", False, 0.3, 0)[0], make_gpt("mini", True, 0.3, 0)
     assert shape.config == mini.config
     assert base["sha256"] == fingerprint(load_gpt2("mini")) != fingerprint(shape)
-
-
-def test_the_mini_lm_knows_english(shared):
-    text = shared("text/wikitext-2-test.txt").read_bytes()[:4000]
-    tokens = torch.frombuffer(bytearray(text), dtype=torch.uint8).numpy()
-    assert text_loss(load_gpt2("mini"), tokens) < 2  # nats a byte, of ln 257 = 5.5
 
 
 def test_golden_logits_of_the_real_gpt2(shared):

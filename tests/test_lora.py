@@ -6,7 +6,6 @@ import loralib
 import pytest
 import torch
 
-from load_gpt2 import LANGUAGE_MODELS
 from lora import LoRALinear, inject_lora, mark_trainable, merged, round_frozen
 from model import GPT, GPTConfig, LaMo
 from utils import UserError
@@ -79,17 +78,6 @@ def test_merged_equals_unmerged_and_comes_back_bit_for_bit(targets):
     assert torch.equal(gpt(tokens), before)
 
 
-def test_trainable_share_of_gpt2_small():
-    with torch.device("meta"):
-        gpt = GPT(LANGUAGE_MODELS["gpt2"][1])
-        inject_lora(gpt)
-        mark_trainable(LaMo(gpt, (11,), 3), "lora")
-    trained = sum(p.numel() for p in gpt.parameters() if p.requires_grad)
-    frozen = sum(p.numel() for p in gpt.parameters() if not p.requires_grad)
-    assert 0.0070 < trained / frozen < 0.0075  # the paper: 0.7 %
-    assert trained == 12 * (3 * 16 * 768 + 3 * 768 * 16 + 3 * 768)  # A, B and c_attn's bias
-
-
 @pytest.mark.parametrize("language", [True, False])
 @pytest.mark.parametrize("train", ["lora", "new", "all"])
 def test_what_is_trainable(train, language):
@@ -106,27 +94,6 @@ def test_what_is_trainable(train, language):
     words = {"gpt.wte.weight", "gpt.wpe.weight"}
     everything = of_gpt if language else of_gpt - words
     assert trained & of_gpt == {"lora": factors, "new": set(), "all": everything}[train]
-
-
-def test_training_changes_no_frozen_tensor():
-    gpt = GPT(TINY)
-    inject_lora(gpt, EVERY, rank=4)
-    lamo = LaMo(gpt, (4,), 2)
-    mark_trainable(lamo, "lora")
-    before = copy.deepcopy(lamo.state_dict())
-    trained = {name: p for name, p in lamo.named_parameters() if p.requires_grad}
-    optimiser = torch.optim.AdamW(trained.values(), lr=1e-2, weight_decay=0.1)
-    window = torch.randn(8, 6, 1), torch.randn(8, 6, 4), torch.randn(8, 6, 2)
-    timestep, tokens = torch.arange(6).expand(8, 6), torch.randint(50, (2, 17))
-    for _ in range(3):
-        loss = (lamo(*window, timestep) - window[2]).square().mean()
-        (loss + gpt(tokens[:, :-1], tokens[:, 1:])).backward()
-        optimiser.step()
-        optimiser.zero_grad()
-        with merged(lamo):
-            lamo(*window, timestep)
-    for name, tensor in lamo.state_dict().items():
-        assert torch.equal(tensor, before[name]) == (name not in trained), name
 
 
 def test_frozen_matrices_in_bf16_change_nothing_but_lookups():

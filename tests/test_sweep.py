@@ -2,9 +2,7 @@
 
 import json
 import signal
-import time
 
-import psutil
 import pytest
 import torch
 from runs import call, finish, start, wait_for
@@ -67,22 +65,6 @@ def test_a_stopped_sweep_goes_on_and_a_finished_one_is_left_alone(tmp_path):
             call(sweep.main, *words[:-1], other, "--method", "dt")
 
 
-def test_a_second_signal_leaves_no_run_behind(tmp_path):
-    words = [*HOPPER, "--out", tmp_path, "--method", "dt", "--flags", f"{LONG} 1000000"]
-    process = start("-m", "experiments.sweep", *words)
-    wait_for(tmp_path / name_of(hopper("dt")) / "log.jsonl", process)
-    runs = psutil.Process(process.pid).children(recursive=True)
-    process.send_signal(signal.SIGINT)
-    time.sleep(0.1)
-    process.send_signal(signal.SIGINT)
-    finish(process, 128 + signal.SIGINT)
-    _, alive = psutil.wait_procs(runs, timeout=60)
-    for left in alive:
-        left.kill()
-    assert runs
-    assert not alive
-
-
 def test_a_failed_run_is_told_while_the_others_go_on_by_submitits_local_executor_too(tmp_path):
     pytest.importorskip("submitit")
     # baselines learn no text, so bc does not know this flag
@@ -131,8 +113,3 @@ def test_mistakes_are_one_line(words, says, tmp_path):
     with pytest.raises(UserError, match=says) as error:
         call(sweep.main, *words, "--out", tmp_path)
     assert "\n" not in str(error.value)
-
-
-def test_the_same_run_written_twice_is_one():
-    args = sweep.Config(env="hopper,Hopper", method="dt,dt", seed="0")
-    assert [name_of(run) for run in sweep.runs_of(args)] == ["hopper-dt-1-s0"]

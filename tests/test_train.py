@@ -250,13 +250,6 @@ def test_words_are_clustered_by_their_directions():
     assert torch.allclose(few, words[:3] / words[:3].norm(dim=-1, keepdim=True))
 
 
-def test_a_run_pulls_tokens_towards_words(tmp_path):
-    words = ["--method", "wiki-rl", "--similarity", 10, "--lr", 1e-2, "--out", tmp_path]
-    call(train.main, *SHORT, *words, "--name", "run")
-    similarity = [row["similarity"] for row in log_of(tmp_path / "run") if "lr" in row]
-    assert similarity[-1] > similarity[0] + 0.1
-
-
 # --- trackers ------------------------------------------------------------------------------------
 
 

@@ -15,19 +15,13 @@ from PIL import Image
 import train
 from evaluate import rollout
 from experiments import watch
-from model import GPT, GPTConfig, LaMo
-from tasks import Environment, find_task
+from model import GPT, GPTConfig
 from utils import UserError
 
 av = pytest.importorskip("av")
 SETTINGS = {"context": 4, "scale": 1000.0, "mode": "normal", "dtype": "fp32", "episode_limit": 12}
 STATS = torch.zeros(11), torch.ones(11)
 TINY = GPTConfig(n_layer=2, n_head=4, n_embd=32, vocab_size=50, block_size=32, dropout=0.0)
-
-
-@pytest.fixture
-def lamo():
-    return LaMo(GPT(TINY), (11,), 3)
 
 
 @pytest.fixture
@@ -90,22 +84,6 @@ def test_a_film_shows_what_the_environment_draws(hopper, gl, tmp_path):
         assert (np.abs(middle - last).mean() < 1.5) == (i == early)  # what has ended stands still
 
 
-def test_atari_is_drawn_without_opengl(tmp_path):
-    _, task = find_task("pong")
-    env = gym.make(task.env_id)
-    pong = Environment(env.spec, env.observation_space, env.action_space, -20.7, 9.3)
-    model = LaMo(GPT(TINY), (4, 84, 84), 6, discrete=True)
-    stats = torch.zeros(0), torch.zeros(0)
-    acts = play(model, pong, stats, seed=1, scale=1.0, episode_limit=6)
-    watch.film(acts, pong, [20.0], video=tmp_path / "out.mp4")
-    frames, _ = frames_of(tmp_path / "out.mp4")
-    assert frames[0].shape[1] == 2 * 160  # enlarged
-    env.reset(seed=1)
-    picture = frames[0][-2 * 210 :].astype(float)
-    expected = env.unwrapped.ale.getScreenRGB().repeat(2, 0).repeat(2, 1)
-    assert np.abs(picture - expected).mean() < 4
-
-
 def test_the_command_draws_what_a_checkpoint_does(tmp_path, monkeypatch):
     flags = "--env reacher2d --steps 2 --eval-every 2 --episodes 1 --episode-limit 8 --batch 4"
     flags += f" --lm-coef 0 --device cpu --out {tmp_path} --name run"
@@ -144,15 +122,3 @@ def test_attention_is_that_of_transformers():
     assert found.shape == (2, 4, 12, 12)
     for layer in range(2):
         torch.testing.assert_close(found[layer], expected[layer][0], atol=1e-5, rtol=1e-4)
-
-
-@pytest.mark.parametrize("at", [0, 3, 9])
-def test_the_context_ends_in_the_action_that_was_taken(hopper, lamo, at):
-    last = watch.LastContext(at)
-    play(lamo, hopper)([3600.0, 1800.0], 2, watch=last)
-    steps = min(at + 1, 4)
-    assert last.tokens.shape == (1, 3 * steps, 32)
-    with torch.no_grad():
-        action = lamo.act(last.tokens[:, :-1]).clamp(-1, 1)
-        taken = lamo.remember(action[:, None], torch.tensor([[at]]))[0, 0]
-    torch.testing.assert_close(last.tokens[0, -1:], taken, atol=1e-5, rtol=1e-4)
