@@ -71,8 +71,8 @@ def find_dataset(env, task, ratio, name=None, quality="medium"):
     with reading(enough[0], "a Minari dataset"):
         dataset = minari.MinariDataset(enough[0] / "data")
         dataset.spec, dataset.env_spec  # noqa: B018  (read when first asked for)
-    ours = BUNDLED in enough[0].parents
-    note = f"the bundled {enough[0].relative_to(BUNDLED)}" if ours else str(enough[0])
+    bundled = BUNDLED in enough[0].parents
+    note = f"the bundled {enough[0].relative_to(BUNDLED)}" if bundled else str(enough[0])
     note += ", as asked" if name else f", since {why}" if why else ""
     return dataset, shares[enough[0]], note
 

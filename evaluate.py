@@ -4,7 +4,7 @@
     python evaluate.py runs/<run>/ckpt.pt --prompt "Hello, my name is Tom."
 
 All targets x all episodes act together as one batch. Every episode is at the same time step, so the
-windows need no padding. An episode that has ended is no longer shown to the model nor counted.
+windows need no padding. An episode that has ended is left out of the model's blocks and the sums.
 """
 
 import json

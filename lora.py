@@ -74,8 +74,8 @@ def mark_trainable(lamo, train, language=True):
 
 
 def round_frozen(model):
-    """Keep frozen matrices as bf16, in place, to which autocast would round them at each use. Of a
-    text's embeddings wte is rounded so, too; wpe stays as it is."""
+    """Store frozen matrices in bf16, in place: autocast would round them at each use. This rounds
+    wte too, which is also looked up in; wpe stays in fp32."""
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad and parameter.dim() == 2 and not name.endswith("wpe.weight"):
             parameter.data = parameter.data.bfloat16()

@@ -21,7 +21,7 @@ import torch.nn.functional as F
 BINS = 512  # of each number, for the embedding `tokens` (section 5 of the paper, after RT-2)
 MU, LARGEST = 100, 1e5  # numbers up to LARGEST have bins, those around 0 the narrowest
 SPAN = math.log(MU * LARGEST + 1)
-ZERO = {50257: 15, 257: 48}  # of each vocabulary, the token "0"; those of the other digits follow
+ZERO = {50257: 15, 257: 48}  # the token "0" of each vocabulary; "1" to "9" follow it
 
 
 # --- GPT-2 ---------------------------------------------------------------------------------------

@@ -26,7 +26,7 @@ from utils import UserError, choose
 
 STACK = 4  # frames in a state, where observations are pictures (Mnih et al. 2015)
 FRAME = 84  # rows and columns of a frame (Mnih et al. 2015, doi 10.1038/nature14236)
-SMALLEST_PICTURE = 32  # rows and columns; smaller arrays of bytes are no pictures to Minari either
+SMALLEST_PICTURE = 32  # rows and columns; smaller arrays of bytes count as vectors, as in Minari
 LONGEST_VECTOR = 10_000  # numbers of a flat observation; more is no vector by intention
 GOAL_DISTANCE = 0.3  # below this a kitchen's sub-task is complete (gymnasium-robotics)
 QUALITIES = ("simple", "medium", "expert")  # of Minari's MuJoCo datasets
@@ -45,7 +45,7 @@ class Task:
     expert: float | None = None  # mean return of an expert: score 100; None: scores are returns
     context: int = 20  # K, environment steps the model sees
     max_ep_len: int | None = None  # rows of the time embedding
-    embed: str = "mlp"  # LaMo's embedding of return, state and action: "linear" or "mlp"
+    embed: str = "mlp"  # of return, state and action: a row of model.EMBEDDINGS
     lr: float = 1e-4  # AdamW learning rate
     weight_decay: float = 1e-5
     batch: int = 64  # windows a step
@@ -129,7 +129,7 @@ def find_task(name):
         return key, TASKS[key]
     if plain in atari_games():  # scores differ a thousandfold: scale and targets are the data's
         return plain, atari(atari_games()[plain])
-    choose("env", name, [*TASKS, "any Atari game", "or use --dataset ID instead of --env"])
+    choose("env", name, TASKS, ", any Atari game, or --dataset ID instead of --env")
 
 
 def atari_games():
@@ -221,8 +221,8 @@ def find_environment(task, dataset):
         if not fits(data, own):
             raise UserError(f"dataset {name}'s {what} is {data}, but that of {ours} is {own}")
     env.close()
-    seen, done = dataset.observation_space, env.action_space
-    return Environment(env.spec, seen, done, random, expert), note
+    spaces_used = dataset.observation_space, env.action_space
+    return Environment(env.spec, *spaces_used, random, expert), note
 
 
 def fits(data, own):

@@ -11,19 +11,21 @@ import io
 import json
 import math
 import os
+import platform
 import shutil
 import subprocess
 import time
 import zipfile
 from dataclasses import dataclass
 from datetime import timedelta
+from importlib.metadata import version
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
 import torch
 import torch.distributed as dist
-import torch.distributed.nn  # DDP would import it after the group is made, and keep that alive
+import torch.distributed.nn  # imported later, by DDP, it would keep the process group alive
 import torch.nn as nn
 import torch.nn.functional as F
 import tyro
@@ -35,10 +37,13 @@ from evaluate import final_result, rollout
 from load_gpt2 import LANGUAGE_MODELS, WEIGHTS, find_weights, make_gpt
 from lora import inject_lora, mark_trainable, round_frozen
 from model import EMBEDDINGS, ZERO, LaMo, Objective
-from tasks import find_environment, find_task, pack, task_of_dataset, unpack
+from tasks import TASKS, find_environment, find_task, pack, task_of_dataset, unpack
 from utils import UserError, choose, choose_device, reading, write_json
 
 FORMAT = "lamo-checkpoint-3"  # what a checkpoint says it is; a change of layout changes it
+LOSSES = ("action_loss", "lm_loss", "similarity")  # of a row of the log, where they are used
+ABOVE_ZERO = ("steps", "batch", "lm_batch", "lm_length", "context", "lora_rank", "max_ep_len")
+ABOVE_ZERO += ("scale", "eval_every", "episodes", "log_every")
 
 
 @dataclass
@@ -117,6 +122,7 @@ PRESETS = {  # setting: the paper's; and without CUDA, or with the mini LM, one 
     "lm_length": (1024, 256),
     "dropout": (0.1, 0.0),
 }
+HELP = f"{__doc__}\nmethods: {', '.join(METHODS)}; tasks: {', '.join(TASKS)}"
 
 
 def fill(c, values):
@@ -131,15 +137,16 @@ def choose_settings(c, notes):
     why. Returns the task's row. Raises UserError."""
     method = METHODS[choose("method", c.method, METHODS)]
     env, task = task_of_dataset(c.dataset) if c.dataset else (None, None)
-    if task is None or c.env not in (None, env):  # --env says more than the dataset's name
+    if task is None or c.env not in (None, env):  # --env names another task: it wins
         env, task = find_task(c.env or "hopper")
     device, lm = choose_device(c.device), c.lm or method.get("lm")
     cuda, why = device.type == "cuda", "as asked" if c.lm else f"{c.method}'s"
     fill(c, method)
     if lm is None and cuda:
         here = utils.is_cached(LANGUAGE_MODELS["gpt2"][0], [WEIGHTS]) or utils.network_available()
-        here = ("gpt2", "on CUDA") if here or not c.pretrained else None
-        lm, why = here or ("mini", "bundled; gpt2 is not cached and there is no network")
+        lm, why = "mini", "bundled; gpt2 is not cached and there is no network"
+        if here or not c.pretrained:
+            lm, why = "gpt2", "on CUDA"
     elif lm is None:
         lm, why = "mini", "bundled; no CUDA"
     if c.pretrained:
@@ -153,6 +160,11 @@ def choose_settings(c, notes):
     choose("embed", c.embed, EMBEDDINGS)
     if not 0 < c.ratio <= 1:
         raise UserError(f"--ratio is {c.ratio:g}, but must be above 0 and at most 1")
+    for name in ABOVE_ZERO:
+        if getattr(c, name) is not None and getattr(c, name) <= 0:
+            raise UserError(f"--{name.replace('_', '-')} is {getattr(c, name)}, not above 0")
+    if c.quality != "medium" and (c.dataset or "{quality}" not in task.minari):
+        raise UserError(f"--quality does not apply: {c.env} has one dataset, or --dataset names it")
     world = int(os.environ.get("WORLD_SIZE", 1))
     if c.batch % world or (c.lm_coef and c.lm_batch % world):
         raise UserError(f"--batch and --lm-batch must be multiples of the {world} processes")
@@ -249,11 +261,12 @@ def load_policy(path, checkpoint):
     UserError if they do not fit, or if the language model underneath is another one."""
     with reading(path, "a checkpoint of this code"):
         c = Config(**checkpoint["settings"])
-        c.pretrained &= c.train != "all"  # else nothing of the base is left but its shape
+        c.pretrained &= c.train != "all"  # with "all" the checkpoint holds every weight
         environment = unpack(checkpoint["environment"])
         model, base = build_model(c, environment)
-        if c.train != "all" and base != checkpoint["base"]:
-            raise UserError(f"{path} is on {checkpoint['base']}, not {base}: give --lm PATH")
+        if c.train != "all" and base["sha256"] != checkpoint["base"]["sha256"]:
+            was = checkpoint["base"]["lm"]
+            raise UserError(f"{path} needs {was}, and {c.lm} is not the same: give it by --lm PATH")
         missing, unexpected = model.load_state_dict(checkpoint["model"], strict=False)
         trained = {name for name, p in model.named_parameters() if p.requires_grad}
         if wrong := [*unexpected, *trained.intersection(missing)]:
@@ -276,15 +289,20 @@ def begin_run(c, run, model):
         shown[key] = ", ".join(f"{k} {x}" for k, x in run[key].items() if x is not None)
     shown["trained"] = f"{n_trained:,} of {n_all:,} parameters ({n_trained / n_all:.1%})"
     print("\n".join(f"{key:13} {line}" for key, line in (shown | {"run": folder}).items()))
-    commit = subprocess.getoutput(f"git -C '{Path(__file__).parent}' describe --always --dirty")
+    git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
+    found = {"commit": subprocess.run(git, capture_output=True, text=True).stdout.strip()}
+    found["versions"] = {p: version(p) for p in ("torch", "numpy", "gymnasium", "mujoco", "minari")}
+    found["machine"] = [platform.machine(), torch.get_num_threads()]
     kept = {key: x for key, x in run.items() if not torch.is_tensor(x)}
-    write_json(folder / "config.json", kept | {"torch": torch.__version__, "commit": commit})
+    write_json(folder / "config.json", kept | found)
     return folder
 
 
 def open_log(c, folder, run):
-    """A function that adds a row to log.jsonl and, if asked for, to TensorBoard and W&B. What is in
-    log.jsonl from after the checkpoint is cut off first: it comes again."""
+    """A function that adds a row to log.jsonl and, if asked for, to TensorBoard and W&B. Rows later
+    than the checkpoint are cut off first: training writes them again."""
+    if run["step"]:
+        print(f"going on with {folder} after step {run['step']}", flush=True)
     (folder / "log.jsonl").touch()
     os.truncate(folder / "log.jsonl", run["log_bytes"])
     for unfinished in folder.glob(".*.tmp"):  # what a kill left of a file
@@ -340,7 +358,10 @@ def end_run(folder, run, environment):
         print(f"{name!s:>8} {mean:8.1f} {environment.score(mean):7.1f}")
     best = f"best single evaluation {result['best_single_evaluation']:.1f}"
     print(f"score {result['score']:.1f}, of target {result['target']}; {best}")
+    if cut := result["episodes_cut"]:
+        print(f"{cut} late episodes cut: their returns are not whole (--episode-limit 0)")
     print(f"{run['seconds']:.0f} s, of which {run['evaluating']:.0f} s evaluating")
+    print(f"next: python evaluate.py {folder / 'ckpt.pt'}")
 
 
 # --- training ------------------------------------------------------------------------------------
@@ -391,11 +412,12 @@ def prepare(c, task, notes, folder, saved, device):
     if c.lm_coef:
         tokens, notes["text"] = load_text(c.corpus, model.gpt.config, c.lm_length)
     size = {"dataset": data.dataset_id, "sha256": data.digest()}
+    size |= {"text": Path(tokens.filename).name if c.lm_coef else None}  # has the text's hash
     size |= {"episodes": len(data.lengths), "transitions": len(data)}
     size |= {"return_mean": float(data.returns.mean()), "return_std": float(data.returns.std())}
     size |= {"score": float(environment.score(data.returns.mean()))}
     if saved and size != saved["data"]:
-        raise UserError(f"{folder} was begun on other data than are in {saved['dataset']} now")
+        raise UserError(f"{folder} was begun on {saved['data']}, but here is {size}")
     run = {"format": FORMAT, "settings": dict(vars(c)), "notes": notes, "base": base, "data": size}
     run |= {"environment": pack(environment), "dataset": str(Path(dataset.spec.data_path).parent)}
     run |= {"obs_mean": data.obs_mean.cpu(), "obs_std": data.obs_std.cpu(), "evaluations": []}
@@ -406,7 +428,7 @@ def prepare(c, task, notes, folder, saved, device):
 
 
 def main():
-    c, folder, saved, notes = tyro.cli(Config, description=__doc__), None, None, {}
+    c, folder, saved, notes = tyro.cli(Config, description=HELP), None, None, {}
     if c.resume:
         folder = Path(c.resume)
         if c != Config(resume=c.resume):
@@ -464,8 +486,9 @@ def main():
             run["optimiser"] = optimiser.state_dict()
             run["log_bytes"] = (folder / "log.jsonl").stat().st_size
             save_checkpoint(folder / "ckpt.pt", run)
-        stop.at_once = True  # until the next step begins nothing is lost
+        stop.at_once = True  # until the next step a signal loses nothing
 
+    stop.at_once = True
     if saved is None:
         save(0)
     elif rank == 0 and run["step"] and (run["step"] % c.eval_every == 0 or run["step"] == c.steps):
@@ -499,8 +522,7 @@ def main():
             sums.zero_()
             if not math.isfinite(sum(means)):
                 raise UserError(f"the loss is not finite by step {step}; lower --lr")
-            names = ("action_loss", "lm_loss", "similarity")
-            row = {name: x for name, x in zip(names, means, strict=True) if x}
+            row = {name: x for name, x in zip(LOSSES, means, strict=True) if x}
             bar.set_postfix(shown := shown | row)
             if rank == 0:
                 seconds = time.time() - started - run["evaluating"]
@@ -510,6 +532,7 @@ def main():
             stopping = max(gather(stop.number))  # all processes stop after the same step
         if due or stopping:
             save(step)
+            stopping = max(gather(stop.number))
         if stopping:
             break
         if due and rank == 0:

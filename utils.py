@@ -32,8 +32,9 @@ def run_command(main):
         raise SystemExit(130) from None
     except (UserError, ModuleNotFoundError) as error:
         text = " ".join(str(error).split())
-        if isinstance(error, ModuleNotFoundError):
-            package = {"sklearn": "scikit-learn"}.get(error.name, error.name)
+        if isinstance(error, ModuleNotFoundError):  # gymnasium raises it anew, without the name
+            name = error.name or getattr(error.__cause__, "name", None)
+            package = {"sklearn": "scikit-learn"}.get(name, name)
             text += f"; pip install {package}, or put its folder on PYTHONPATH"
         print(f"error: {text}", file=sys.stderr)
         raise SystemExit(2) from None
@@ -44,13 +45,13 @@ def reason(error):
     return " ".join(str(error).split())[:300] or type(error).__name__
 
 
-def choose(kind, name, valid):
+def choose(kind, name, valid, more=""):
     """Check that `name` is one of `valid`, and return it. Raises UserError, with the nearest."""
     if name in valid:
         return name
     near = difflib.get_close_matches(str(name), valid, n=1, cutoff=0.5)
     hint = f"; did you mean {near[0]}?" if near else ""
-    raise UserError(f"unknown {kind} '{name}', valid: {', '.join(valid)}{hint}")
+    raise UserError(f"unknown {kind} '{name}', valid: {', '.join(valid)}{more}{hint}")
 
 
 @contextmanager
@@ -58,7 +59,7 @@ def reading(path, what):
     """The wall around reading a file: whatever goes wrong within becomes a UserError."""
     try:
         yield
-    except UserError:
+    except (UserError, ModuleNotFoundError):
         raise
     except FileNotFoundError as error:
         raise UserError(f"there is no {path}; give the path of {what}") from error
