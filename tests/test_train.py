@@ -66,7 +66,7 @@ def test_what_was_chosen_is_printed_and_kept(first):
     assert "lamo/hopper/medium-1pct-v0" in config["notes"]["dataset"]
     assert all(note in printed for note in config["notes"].values())
     assert str(folder) in printed
-    assert config["torch"] == torch.__version__
+    assert config["versions"]["torch"] == torch.__version__
     result = json.loads((folder / "result.json").read_text())
     assert result["score"] == max(t["score"] for t in result["targets"])
     assert result["dataset"] == config["notes"]["dataset"]
