@@ -30,9 +30,7 @@ from utils import UserError, fetch, network_available, reading, reason, write_at
 BUNDLED = Path(__file__).parent / "assets" / "minari"  # datasets that come with the project
 COLLECT = "python -m experiments.collect"
 OURS = ("lamo/", "d4rl/", "dqn-replay/")  # how ids of its sets begin: they are on no server
-GPU_SHARE = 0.6  # of a GPU's free memory that frames may take; else they stay on the CPU
-WIKITEXT = "Salesforce/wikitext"  # on the hub: WikiText-103 (Merity et al. 2017), raw, CC BY-SA
-WIKITEXT_FILES = [f"wikitext-103-raw-v1/train-0000{i}-of-00002.parquet" for i in range(2)]
+WIKITEXT = [f"wikitext-103-raw-v1/train-0000{i}-of-00002.parquet" for i in range(2)]  # CC BY-SA
 
 
 # --- which dataset -------------------------------------------------------------------------------
@@ -60,13 +58,16 @@ def find_dataset(env, task, ratio, name=None, quality="medium"):
         places += [local / task.recorded, BUNDLED / task.bundled]
     shares = {place: share_of(place) for place in places if is_dataset(place)}
     if not shares:
-        how = f"run `minari download {wanted}` where there is a network and copy it here, or give"
-        raise UserError(f"no dataset: {why}; {how} another: --dataset FOLDER")
+        how = f"run `minari download {wanted}` where there is a network and copy it here"
+        raise UserError(f"no dataset: {why}; {how}, or give another: --dataset FOLDER")
     enough = [place for place, share in shares.items() if share >= ratio]
     if not enough:
-        how = f", or record it: {COLLECT} --env {env} --steps {task.full}" if task.recorded else ""
-        there = ", ".join(f"{place} ({share:g} of it)" for place, share in shares.items())
-        raise UserError(f"--ratio {ratio:g} of a full dataset is more than there is: {there}{how}")
+        place, share = max(shares.items(), key=lambda item: item[1])
+        record = f"{COLLECT} --env {env} --steps {task.full}, after deleting a smaller one"
+        how = f"use --ratio {share:g}" + (f", or record it all: {record}" if task.recorded else "")
+        raise UserError(
+            f"--ratio {ratio:g} is more than the {share:g} of all data in {place}; {how}"
+        )
 
     with reading(enough[0], "a Minari dataset"):
         dataset = minari.MinariDataset(enough[0] / "data")
@@ -90,9 +91,9 @@ def share_of(folder):
 
 def download_dataset(name, local):
     """Download a Minari dataset into folder `local`, whole or not at all."""
-    if name.startswith(OURS) or not network_available():
-        why = f"it is on no server, see {COLLECT} --help"
-        raise ConnectionError(why if name.startswith(OURS) else "no network")
+    ours = f"it is on no server, see {COLLECT} --help" if name.startswith(OURS) else None
+    if ours or not network_available():
+        raise ConnectionError(ours or "no network")
     print(f"downloading the dataset {name} to {local}", flush=True)
     (local / name).parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=local, prefix=".") as aside:
@@ -227,8 +228,8 @@ def load_trajectories(
         largest = np.abs(returns).max()
         scale = float(10.0 ** np.floor(np.log10(largest))) if largest > 0 else 1.0
     home = torch.device(device)
-    if home.type == "cuda" and frames and obs.nbytes > GPU_SHARE * torch.cuda.mem_get_info(home)[0]:
-        home = "cpu"
+    if home.type == "cuda" and frames and obs.nbytes > 0.6 * torch.cuda.mem_get_info(home)[0]:
+        home = "cpu"  # they would fill the GPU
     rtg, reward = (rtg / scale).astype(np.float32)[:, None], reward.astype(np.float32)
     found = {"obs": obs, "act": act, "rtg": rtg, "timestep": timestep, "end": end}
     found |= {"reward": reward, "terminated": terminated, "last_obs": last_obs}
@@ -306,7 +307,7 @@ def find_text(corpus=None, byte_level=True):
     if corpus != "english":
         try:
             if not path.is_file():
-                files = fetch("WikiText-103", WIKITEXT, WIKITEXT_FILES, "dataset")
+                files = fetch("WikiText-103", "Salesforce/wikitext", WIKITEXT, "dataset")
                 write_atomically(path, lambda file: parquet_to_text(files, file))
             return path, f"WikiText-103 from {path}"
         except UserError as error:

@@ -206,10 +206,12 @@ def main():
     for name in ("lm", "targets", "episodes", "episode_limit"):
         if getattr(args, name) is not None:
             config[name] = getattr(args, name)
+    if args.targets == [] or args.episodes == 0 or args.seed < 0:
+        raise UserError("--targets and --episodes must not be empty or 0, and --seed 0 or more")
     device, c = choose_device(args.device), SimpleNamespace(**config)
     model, environment = load_policy(args.checkpoint, checkpoint)
     model.to(device)
-    if args.prompt:
+    if args.prompt is not None:
         before = build_model(c, environment)[0].to(device)
         encoding = get_encoding(model.gpt.config.vocab_size)
         path, note = find_text(args.corpus)

@@ -47,14 +47,15 @@ class LoRALinear(nn.Linear):
 
 def inject_lora(gpt, targets=("c_attn",), rank=16, alpha=32, dropout=0.1):
     """Put LoRA into every linear layer of these names, in place. Raises UserError for others."""
-    found = set()
-    for parent in list(gpt.modules()):
-        for name, layer in parent.named_children():
-            if name in targets and isinstance(layer, nn.Linear):
-                setattr(parent, name, LoRALinear(layer, rank, alpha, dropout))
-                found.add(name)
-    if lacking := set(targets) - found:
-        raise UserError(f"--lora-targets: no linear layer is named {', '.join(sorted(lacking))}")
+    linear = [name for name, layer in gpt.named_modules() if isinstance(layer, nn.Linear)]
+    names = sorted({name.rpartition(".")[2] for name in linear})
+    if not set(targets) <= set(names):
+        raise UserError(f"--lora-targets {' '.join(targets)}: choose from {', '.join(names)}")
+    for name in linear:
+        parent, _, own = name.rpartition(".")
+        if own in targets:
+            layer = LoRALinear(gpt.get_submodule(name), rank, alpha, dropout)
+            setattr(gpt.get_submodule(parent), own, layer)
 
 
 def mark_trainable(lamo, train, language=True):

@@ -7,6 +7,7 @@ Everything that can be set stands in Config, each field a flag of the same name.
 main(), at the end. Figures without another source are from the paper, arXiv 2310.20587.
 """
 
+import importlib
 import io
 import json
 import math
@@ -43,7 +44,7 @@ from utils import UserError, choose, choose_device, reading, write_json
 FORMAT = "lamo-checkpoint-3"  # what a checkpoint says it is; a change of layout changes it
 LOSSES = ("action_loss", "lm_loss", "similarity")  # of a row of the log, where they are used
 ABOVE_ZERO = ("steps", "batch", "lm_batch", "lm_length", "context", "lora_rank", "max_ep_len")
-ABOVE_ZERO += ("scale", "eval_every", "episodes", "log_every")
+ABOVE_ZERO += ("scale", "lr", "eval_every", "episodes", "log_every")
 
 
 @dataclass
@@ -135,7 +136,9 @@ def fill(c, values):
 def choose_settings(c, notes):
     """Fill in, in place, what is known before the data are read; say in notes what was chosen, and
     why. Returns the task's row. Raises UserError."""
-    method = METHODS[choose("method", c.method, METHODS)]
+    method = METHODS[
+        choose("method", c.method, METHODS, "; for bc, iql, ..: experiments.baselines")
+    ]
     env, task = task_of_dataset(c.dataset) if c.dataset else (None, None)
     if task is None or c.env not in (None, env):  # --env names another task: it wins
         env, task = find_task(c.env or "hopper")
@@ -163,11 +166,16 @@ def choose_settings(c, notes):
     for name in ABOVE_ZERO:
         if getattr(c, name) is not None and getattr(c, name) <= 0:
             raise UserError(f"--{name.replace('_', '-')} is {getattr(c, name)}, not above 0")
+    if c.targets == [] or not c.lora_targets or c.seed < 0:
+        raise UserError("--targets and --lora-targets take one value at least, --seed 0 or more")
     if c.quality != "medium" and (c.dataset or "{quality}" not in task.minari):
         raise UserError(f"--quality does not apply: {c.env} has one dataset, or --dataset names it")
     world = int(os.environ.get("WORLD_SIZE", 1))
     if c.batch % world or (c.lm_coef and c.lm_batch % world):
         raise UserError(f"--batch and --lm-batch must be multiples of the {world} processes")
+    for package in ("tensorboard", "wandb"):
+        if getattr(c, package):
+            importlib.import_module(package)  # what is missing is said before a run begins
     if c.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
@@ -247,7 +255,9 @@ def save_checkpoint(path, run):
 
 def read_checkpoint(path, expected=FORMAT):
     """The dictionary that save_checkpoint wrote. Raises UserError for what is none."""
-    with reading(path, "a checkpoint, such as runs/<run>/ckpt.pt"):
+    if Path(path).is_dir():
+        raise UserError(f"{path} is a folder; give {Path(path) / 'ckpt.pt'}")
+    with reading(path, "a checkpoint of train.py"):
         if damaged := zipfile.ZipFile(path).testzip():  # torch.load looks at no checksum
             raise ValueError(f"the checksum of {damaged} is wrong")
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
@@ -285,8 +295,10 @@ def begin_run(c, run, model):
     n_all = sum(p.numel() for p in model.parameters())
     n_trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     shown = {"task": f"{c.env}, method {c.method}", **run["notes"]}
-    for key in ("data", "settings"):
-        shown[key] = ", ".join(f"{k} {x}" for k, x in run[key].items() if x is not None)
+    size = {k: round(x, 1) if isinstance(x, float) else x for k, x in run["data"].items()}
+    shown["data"] = "{dataset}: {episodes} episodes, {transitions} steps, ".format(**size)
+    shown["data"] += "return {return_mean} ± {return_std} (score {score})".format(**size)
+    shown["settings"] = ", ".join(f"{k} {x}" for k, x in vars(c).items() if x is not None)
     shown["trained"] = f"{n_trained:,} of {n_all:,} parameters ({n_trained / n_all:.1%})"
     print("\n".join(f"{key:13} {line}" for key, line in (shown | {"run": folder}).items()))
     git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
@@ -346,8 +358,8 @@ def evaluate(c, run, folder, model, environment, log):
     return score
 
 
-def end_run(folder, run, environment):
-    """Compute the run's score, write it to result.json and print it."""
+def end_run(folder, run, environment, command="python evaluate.py"):
+    """Compute the run's score, write it to result.json and print it, and the command that acts."""
     result = final_result(run["evaluations"], run["settings"]["steps"])
     result |= {"dataset_return_mean": run["data"]["return_mean"], **run["notes"]}
     result |= {"seconds": run["seconds"], "seconds_evaluating": run["evaluating"]}
@@ -361,7 +373,7 @@ def end_run(folder, run, environment):
     if cut := result["episodes_cut"]:
         print(f"{cut} late episodes cut: their returns are not whole (--episode-limit 0)")
     print(f"{run['seconds']:.0f} s, of which {run['evaluating']:.0f} s evaluating")
-    print(f"next: python evaluate.py {folder / 'ckpt.pt'}")
+    print(f"next: {command} {folder / 'ckpt.pt'}")
 
 
 # --- training ------------------------------------------------------------------------------------

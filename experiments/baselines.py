@@ -256,8 +256,7 @@ def main():
         if due:
             bar.set_postfix(score=train.evaluate(c, run, folder, actor, environment, log))
     run["seconds"] = time.time() - started
-    end_run(folder, run, environment)
-    print(f"next: python -m experiments.baselines --evaluate {folder / 'ckpt.pt'}")
+    end_run(folder, run, environment, "python -m experiments.baselines --evaluate")
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ from fractions import Fraction
 from functools import partial
 from types import SimpleNamespace
 
+import gymnasium as gym
 import numpy as np
 import torch
 import tyro
@@ -23,7 +24,7 @@ from PIL import Image, ImageDraw, ImageFont
 from evaluate import SEED, print_table, rollout
 from tasks import make_env
 from train import load_policy, read_checkpoint
-from utils import UserError, choose_device, run_command, write_atomically
+from utils import UserError, choose_device, reason, run_command, write_atomically
 
 VIDEO_RATE = 30  # frames a second at most; faster environments show every second, third, .. step
 GIF_RATE, GIF_HEIGHT, GIF_COLOURS = 12.5, 240, 64  # of a GIF: small enough for a README
@@ -151,10 +152,13 @@ def film(play, environment, targets, video=None, gif=None):
         choose_gl()
     fps = env.metadata.get("render_fps", VIDEO_RATE)
     sinks = [kind(path, fps) for kind, path in ((Mp4, video), (Gif, gif)) if path]
-    results = play(targets=targets, episodes=1, watch=Film(targets, sinks))
+    try:
+        results = play(targets=targets, episodes=1, watch=Film(targets, sinks))
+    except gym.error.DependencyNotInstalled as error:
+        raise UserError(f"{environment.spec.id} cannot be drawn: {reason(error)}") from error
     for sink in sinks:
         sink.save()
-        print(f"wrote {sink.path}, every {sink.every} of {fps:g} steps a second")
+        print(f"wrote {sink.path}: every {sink.every}. step, of {fps:g} a second")
     return results
 
 
