@@ -284,6 +284,14 @@ def load_policy(path, checkpoint):
     return model, environment
 
 
+def summary(data, environment):
+    """What Trajectories are, in plain numbers and by their hash."""
+    mean, std = float(data.returns.mean()), float(data.returns.std())
+    size = {"dataset": data.dataset_id, "episodes": len(data.lengths), "transitions": len(data)}
+    size |= {"return_mean": mean, "return_std": std, "score": float(environment.score(mean))}
+    return size | {"sha256": data.digest()}
+
+
 def begin_run(c, run, model):
     """Make the run's folder, print what will be done, write it to config.json. Returns a Path."""
     name = f"{c.env}-{c.method}-{c.ratio:g}-s{c.seed}-{time.strftime('%Y%m%d-%H%M%S')}"
@@ -423,11 +431,8 @@ def prepare(c, task, notes, folder, saved, device):
     tokens = None
     if c.lm_coef:
         tokens, notes["text"] = load_text(c.corpus, model.gpt.config, c.lm_length)
-    size = {"dataset": data.dataset_id, "sha256": data.digest()}
-    size |= {"text": Path(tokens.filename).name if c.lm_coef else None}  # has the text's hash
-    size |= {"episodes": len(data.lengths), "transitions": len(data)}
-    size |= {"return_mean": float(data.returns.mean()), "return_std": float(data.returns.std())}
-    size |= {"score": float(environment.score(data.returns.mean()))}
+    size = summary(data, environment)
+    size["text"] = Path(tokens.filename).name if c.lm_coef else None  # has the text's hash in it
     if saved and size != saved["data"]:
         raise UserError(f"{folder} was begun on {saved['data']}, but here is {size}")
     run = {"format": FORMAT, "settings": dict(vars(c)), "notes": notes, "base": base, "data": size}

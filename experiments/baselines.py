@@ -25,7 +25,7 @@ import train
 from data import find_dataset, load_trajectories, sample_windows
 from evaluate import print_table, rollout
 from tasks import find_environment, find_task, pack, task_of_dataset, unpack
-from train import begin_run, end_run, fill, open_log, read_checkpoint, save_checkpoint
+from train import begin_run, end_run, fill, open_log, read_checkpoint, save_checkpoint, summary
 from utils import StopSignals, UserError, choose_device, reading, run_command
 
 FORMAT = "lamo-baseline-2"  # what ckpt["format"] says
@@ -222,10 +222,8 @@ def main():
     actor = Actor(learner.policy).to(device)
     generator = torch.Generator(data.obs.device).manual_seed(c.seed)
 
-    size = {"episodes": len(data.lengths), "transitions": len(data), "sha256": data.digest()}
-    size |= {"return_mean": float(data.returns.mean()), "return_std": float(data.returns.std())}
-    size["score"] = float(environment.score(size["return_mean"]))
-    run = {"format": FORMAT, "settings": dict(vars(c)), "notes": notes, "base": None, "data": size}
+    run = {"format": FORMAT, "settings": dict(vars(c)), "notes": notes, "base": None}
+    run["data"] = summary(data, environment)
     run |= {"environment": pack(environment), "evaluations": [], "log_bytes": 0}
     run |= {"obs_mean": data.obs_mean.cpu(), "obs_std": data.obs_std.cpu()}
     run |= {"step": 0, "seconds": 0.0, "evaluating": 0.0}
