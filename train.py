@@ -206,7 +206,7 @@ def build_model(c, environment):
     """The LaMo that training starts from, on the CPU, and its base: {"lm", "sha256"}."""
     gpt, base = make_gpt(c.lm, c.pretrained, c.dropout, c.seed)
     if c.embed == "tokens" and gpt.config.vocab_size not in ZERO:
-        raise UserError(f"--embed tokens knows the digits of {c.lm} not; use --embed mlp")
+        raise UserError(f"--embed tokens needs digits, and {c.lm} has none; use --embed mlp")
     torch.manual_seed(c.seed)  # so that the new parts do not depend on the base
     model = LaMo(gpt, *environment.sizes(), c.embed, c.max_ep_len)
     if c.train == "lora":
@@ -310,7 +310,9 @@ def begin_run(c, run, model):
     shown["trained"] = f"{n_trained:,} of {n_all:,} parameters ({n_trained / n_all:.1%})"
     print("\n".join(f"{key:13} {line}" for key, line in (shown | {"run": folder}).items()))
     git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
-    found = {"commit": subprocess.run(git, capture_output=True, text=True).stdout.strip()}
+    found = {"commit": None}
+    if shutil.which("git"):
+        found["commit"] = subprocess.run(git, capture_output=True, text=True).stdout.strip()
     found["versions"] = {p: version(p) for p in ("torch", "numpy", "gymnasium", "mujoco", "minari")}
     found["machine"] = [platform.machine(), torch.get_num_threads()]
     kept = {key: x for key, x in run.items() if not torch.is_tensor(x)}
@@ -433,8 +435,10 @@ def prepare(c, task, notes, folder, saved, device):
         tokens, notes["text"] = load_text(c.corpus, model.gpt.config, c.lm_length)
     size = summary(data, environment)
     size["text"] = Path(tokens.filename).name if c.lm_coef else None  # has the text's hash in it
-    if saved and size != saved["data"]:
-        raise UserError(f"{folder} was begun on {saved['data']}, but here is {size}")
+    if saved and (other := [key for key in size if size[key] != saved["data"].get(key)]):
+        raise UserError(
+            f"{folder} was begun on other data or text ({', '.join(other)}); begin anew"
+        )
     run = {"format": FORMAT, "settings": dict(vars(c)), "notes": notes, "base": base, "data": size}
     run |= {"environment": pack(environment), "dataset": str(Path(dataset.spec.data_path).parent)}
     run |= {"obs_mean": data.obs_mean.cpu(), "obs_std": data.obs_std.cpu(), "evaluations": []}
