@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 from model import GPT, GPTConfig
-from utils import UserError, choose, fetch, reading, write_atomically
+from utils import UserError, choose, fetch, is_cached, network_available, reading, write_atomically
 
 MINI = Path(__file__).parent / "assets" / "mini-lm.safetensors"  # made by experiments/pretrain.py
 LANGUAGE_MODELS = {  # name: (repository on the hub or file, sizes of Radford et al. 2019, table 2)
@@ -27,6 +27,15 @@ LANGUAGE_MODELS = {  # name: (repository on the hub or file, sizes of Radford et
 }
 WEIGHTS = "model.safetensors"  # the file's name in each repository
 CONV1D = ("c_attn.weight", "c_proj.weight", "c_fc.weight")  # stored transposed
+
+
+def choose_lm(cuda):
+    """The language model where none is named, and why: (name, reason)."""
+    if not cuda:
+        return "mini", "bundled; no CUDA"
+    if is_cached(LANGUAGE_MODELS["gpt2"][0], [WEIGHTS]) or network_available():
+        return "gpt2", "on CUDA"
+    return "mini", "bundled; gpt2 is not cached and there is no network"
 
 
 def find_weights(name):
@@ -89,10 +98,7 @@ def load_gpt2(name, dropout=0.1):
         head = tensors.pop("lm_head.weight", tensors["wte.weight"])
         if not config.visual and not torch.equal(head, tensors["wte.weight"]):
             raise ValueError("its lm_head is not tied to wte")
-        masks = (
-            ".attn.bias",
-            ".attn.masked_bias",
-        )  # of older files: which tokens are in the future
+        masks = (".attn.bias", ".attn.masked_bias")  # of older files: what is in the future
         state = {
             key: (x.t() if key.endswith(CONV1D) else x).contiguous()
             for key, x in tensors.items()

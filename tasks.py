@@ -97,19 +97,14 @@ def atari(game, targets=None, random=None, expert=None, lr=1e-3, **row):
 
 REACHER2D = {"scale": 10, "targets": (76, 40), "random": 0, "expert": 100, "context": 5}
 REACHER2D |= {"recorded": "lamo/reacher2d/medium-v0", "bundled": "lamo/reacher2d/medium-v0"}
+REACHER2D |= {"max_ep_len": 100, "full": 5000}
 
 TASKS = {
     "hopper": mujoco("hopper", "Hopper-v5", (3600, 1800), -20.3, 3234.3, embed="linear"),
     "halfcheetah": mujoco("halfcheetah", "HalfCheetah-v5", (12000, 8000), -280.2, 12135.0),
     "walker2d": mujoco("walker2d", "Walker2d-v5", (5000, 2500), 1.6, 4592.3),
     "ant": mujoco("ant", "Ant-v5", (6000, 3000), -325.6, 3879.7, ours=False),
-    "reacher2d": Task(
-        "lamo/reacher2d/medium-v0",
-        "reacher2d:lamo/Reacher2d-v0",
-        max_ep_len=100,
-        full=5000,
-        **REACHER2D,
-    ),
+    "reacher2d": Task("lamo/reacher2d/medium-v0", "reacher2d:lamo/Reacher2d-v0", **REACHER2D),
     "kitchen-complete": kitchen("complete", "microwave", "kettle", "light switch", "slide cabinet"),
     "kitchen-partial": kitchen("partial", "microwave", "kettle", "light switch", "slide cabinet"),
     "kitchen-mixed": kitchen("mixed", "microwave", "kettle", "bottom burner", "light switch"),

@@ -7,7 +7,6 @@ Everything that can be set stands in Config, each field a flag of the same name.
 main(), at the end. Figures without another source are from the paper, arXiv 2310.20587.
 """
 
-import importlib
 import io
 import json
 import math
@@ -35,16 +34,15 @@ from tqdm import tqdm
 import utils
 from data import find_dataset, load_text, load_trajectories, sample_text, sample_windows
 from evaluate import final_result, rollout
-from load_gpt2 import LANGUAGE_MODELS, WEIGHTS, find_weights, make_gpt
+from load_gpt2 import choose_lm, find_weights, make_gpt
 from lora import inject_lora, mark_trainable, round_frozen
 from model import EMBEDDINGS, ZERO, LaMo, Objective
 from tasks import TASKS, find_environment, find_task, pack, task_of_dataset, unpack
 from utils import UserError, choose, choose_device, reading, write_json
 
 FORMAT = "lamo-checkpoint-3"  # what a checkpoint says it is; a change of layout changes it
-LOSSES = ("action_loss", "lm_loss", "similarity")  # of a row of the log, where they are used
-ABOVE_ZERO = ("steps", "batch", "lm_batch", "lm_length", "context", "lora_rank", "max_ep_len")
-ABOVE_ZERO += ("scale", "lr", "eval_every", "episodes", "log_every")
+POSITIVE = ("steps", "batch", "lm_batch", "lm_length", "context", "lora_rank", "max_ep_len")
+POSITIVE += ("scale", "lr", "eval_every", "episodes", "log_every")
 
 
 @dataclass
@@ -126,6 +124,9 @@ PRESETS = {  # setting: the paper's; and without CUDA, or with the mini LM, one 
 HELP = f"{__doc__}\nmethods: {', '.join(METHODS)}; tasks: {', '.join(TASKS)}"
 
 
+# --- from settings to a model --------------------------------------------------------------------
+
+
 def fill(c, values):
     """Set those fields of a Config that are still None."""
     for name, value in values.items():
@@ -136,26 +137,20 @@ def fill(c, values):
 def choose_settings(c, notes):
     """Fill in, in place, what is known before the data are read; say in notes what was chosen, and
     why. Returns the task's row. Raises UserError."""
-    method = METHODS[
-        choose("method", c.method, METHODS, "; for bc, iql, ..: experiments.baselines")
-    ]
+    method = METHODS[choose("method", c.method, METHODS, " (others: experiments.baselines)")]
     env, task = task_of_dataset(c.dataset) if c.dataset else (None, None)
     if task is None or c.env not in (None, env):  # --env names another task: it wins
         env, task = find_task(c.env or "hopper")
-    device, lm = choose_device(c.device), c.lm or method.get("lm")
-    cuda, why = device.type == "cuda", "as asked" if c.lm else f"{c.method}'s"
+    device, why = choose_device(c.device), "as asked" if c.lm else f"{c.method}'s"
+    cuda = device.type == "cuda"
     fill(c, method)
-    if lm is None and cuda:
-        here = utils.is_cached(LANGUAGE_MODELS["gpt2"][0], [WEIGHTS]) or utils.network_available()
-        lm, why = "mini", "bundled; gpt2 is not cached and there is no network"
-        if here or not c.pretrained:
-            lm, why = "gpt2", "on CUDA"
-    elif lm is None:
-        lm, why = "mini", "bundled; no CUDA"
+    if c.lm is None:
+        c.lm, why = choose_lm(cuda)
     if c.pretrained:
-        find_weights(lm)  # what cannot be had is said before anything else is done
-    c.env, c.device, c.lm, short = env, str(device), lm, not cuda or lm == "mini"
-    notes["lm"] = f"{lm} ({why}){'' if c.pretrained else ', random weights'}"
+        find_weights(c.lm)  # what cannot be had is said before anything else is done
+    c.env, c.device, short = env, str(device), not cuda or c.lm == "mini"
+    notes["task"] = f"{env}, method {c.method}"
+    notes["lm"] = f"{c.lm} ({why}){'' if c.pretrained else ', random weights'}"
     notes["preset"] = "short (no CUDA, or the mini LM)" if short else "paper"
     fill(c, {name: values[short] for name, values in PRESETS.items()})
     fill(c, {"dtype": choose_dtype(device), "compile": cuda and bool(shutil.which("cc"))})
@@ -163,19 +158,11 @@ def choose_settings(c, notes):
     choose("embed", c.embed, EMBEDDINGS)
     if not 0 < c.ratio <= 1:
         raise UserError(f"--ratio is {c.ratio:g}, but must be above 0 and at most 1")
-    for name in ABOVE_ZERO:
+    for name in POSITIVE:
         if getattr(c, name) is not None and getattr(c, name) <= 0:
             raise UserError(f"--{name.replace('_', '-')} is {getattr(c, name)}, not above 0")
-    if c.targets == [] or not c.lora_targets or c.seed < 0:
-        raise UserError("--targets and --lora-targets take one value at least, --seed 0 or more")
     if c.quality != "medium" and (c.dataset or "{quality}" not in task.minari):
         raise UserError(f"--quality does not apply: {c.env} has one dataset, or --dataset names it")
-    world = int(os.environ.get("WORLD_SIZE", 1))
-    if c.batch % world or (c.lm_coef and c.lm_batch % world):
-        raise UserError(f"--batch and --lm-batch must be multiples of the {world} processes")
-    for package in ("tensorboard", "wandb"):
-        if getattr(c, package):
-            importlib.import_module(package)  # what is missing is said before a run begins
     if c.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
@@ -195,7 +182,7 @@ def complete_settings(c, data, environment):
     """Fill in, in place, what a task without a row leaves to the data."""
     longest, limit = int(data.lengths.max()), environment.spec.max_episode_steps
     best = [float(f"{x:.4g}") for x in (data.returns.max(), np.percentile(data.returns, 90))]
-    fill(c, {"targets": best[: 1 + (best[0] != best[1])], "scale": data.scale})
+    fill(c, {"targets": sorted({*best}, reverse=True), "scale": data.scale})
     fill(c, {"max_ep_len": max(limit or 0, longest)})
     c.targets = [float(target) for target in c.targets]
     if not (limit or c.episode_limit or environment.spec.id.startswith("ALE/")):
@@ -241,7 +228,7 @@ def word_centres(wte, clusters=1000):
     return F.normalize(torch.from_numpy(found.cluster_centers_).float(), dim=-1)
 
 
-# --- checkpoints and the log ----------------------------------------------------------------------
+# --- a run: its checkpoint, folder, log and score -------------------------------------------------
 
 
 def save_checkpoint(path, run):
@@ -284,12 +271,17 @@ def load_policy(path, checkpoint):
     return model, environment
 
 
-def summary(data, environment):
-    """What Trajectories are, in plain numbers and by their hash."""
-    mean, std = float(data.returns.mean()), float(data.returns.std())
+def describe(c, notes, data, environment):
+    """What a run says of itself before its first step: the part of a checkpoint that stays."""
     size = {"dataset": data.dataset_id, "episodes": len(data.lengths), "transitions": len(data)}
-    size |= {"return_mean": mean, "return_std": std, "score": float(environment.score(mean))}
-    return size | {"sha256": data.digest()}
+    size |= {"return_mean": float(data.returns.mean()), "return_std": float(data.returns.std())}
+    size |= {"score": float(environment.score(size["return_mean"])), "sha256": data.digest()}
+    form = "{dataset}: {episodes} episodes, {transitions} steps, "
+    form += "return {return_mean:.1f} ± {return_std:.1f} (score {score:.1f})"
+    notes["data"] = form.format(**size)
+    run = {"settings": dict(vars(c)), "notes": notes, "data": size, "evaluations": []}
+    run |= {"environment": pack(environment), "step": 0, "seconds": 0.0, "evaluating": 0.0}
+    return run | {"obs_mean": data.obs_mean.cpu(), "obs_std": data.obs_std.cpu(), "log_bytes": 0}
 
 
 def begin_run(c, run, model):
@@ -300,33 +292,26 @@ def begin_run(c, run, model):
         folder.mkdir(parents=True)
     except OSError as error:
         raise UserError(f"cannot make {folder}: {error.strerror}; set --name or --out") from error
-    n_all = sum(p.numel() for p in model.parameters())
-    n_trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    shown = {"task": f"{c.env}, method {c.method}", **run["notes"]}
-    size = {k: round(x, 1) if isinstance(x, float) else x for k, x in run["data"].items()}
-    shown["data"] = "{dataset}: {episodes} episodes, {transitions} steps, ".format(**size)
-    shown["data"] += "return {return_mean} ± {return_std} (score {score})".format(**size)
-    shown["settings"] = ", ".join(f"{k} {x}" for k, x in vars(c).items() if x is not None)
+    sizes = [p.numel() * torch.tensor([1, p.requires_grad]) for p in model.parameters()]
+    n_all, n_trained = sum(sizes).tolist()
+    settings = ", ".join(f"{name} {x}" for name, x in vars(c).items() if x is not None)
+    shown = run["notes"] | {"settings": settings, "run": folder}
     shown["trained"] = f"{n_trained:,} of {n_all:,} parameters ({n_trained / n_all:.1%})"
-    print("\n".join(f"{key:13} {line}" for key, line in (shown | {"run": folder}).items()))
-    git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
-    found = {"commit": None}
-    if shutil.which("git"):
-        found["commit"] = subprocess.run(git, capture_output=True, text=True).stdout.strip()
-    found["versions"] = {p: version(p) for p in ("torch", "numpy", "gymnasium", "mujoco", "minari")}
-    found["machine"] = [platform.machine(), torch.get_num_threads()]
+    print("\n".join(f"{key:13} {line}" for key, line in shown.items()))
+    where = {"cwd": Path(__file__).parent, "shell": True, "capture_output": True, "text": True}
+    commit = subprocess.run("git describe --always --dirty", **where).stdout.strip() or None
+    versions = {p: version(p) for p in ("torch", "numpy", "gymnasium", "mujoco", "minari")}
+    machine = {"machine": platform.machine(), "threads": torch.get_num_threads()}
     kept = {key: x for key, x in run.items() if not torch.is_tensor(x)}
-    write_json(folder / "config.json", kept | found)
+    write_json(folder / "config.json", kept | {"commit": commit, "versions": versions} | machine)
     return folder
 
 
 def open_log(c, folder, run):
     """A function that adds a row to log.jsonl and, if asked for, to TensorBoard and W&B. Rows later
     than the checkpoint are cut off first: training writes them again."""
-    if run["step"]:
-        print(f"going on with {folder} after step {run['step']}", flush=True)
-    (folder / "log.jsonl").touch()
-    os.truncate(folder / "log.jsonl", run["log_bytes"])
+    with open(folder / "log.jsonl", "ab") as file:
+        file.truncate(run["log_bytes"])
     for unfinished in folder.glob(".*.tmp"):  # what a kill left of a file
         unfinished.unlink()
     if c.tensorboard:
@@ -370,13 +355,13 @@ def evaluate(c, run, folder, model, environment, log):
 
 def end_run(folder, run, environment, command="python evaluate.py"):
     """Compute the run's score, write it to result.json and print it, and the command that acts."""
-    result = final_result(run["evaluations"], run["settings"]["steps"])
-    result |= {"dataset_return_mean": run["data"]["return_mean"], **run["notes"]}
+    result = final_result(run["evaluations"], run["settings"]["steps"]) | run["notes"]
+    result |= {"dataset_return_mean": run["data"]["return_mean"]}
     result |= {"seconds": run["seconds"], "seconds_evaluating": run["evaluating"]}
     write_json(folder / "result.json", result)
     rows = [(r["target"], r["return_mean"]) for r in result["targets"]]
     print(f"\n  target   return   score   over {result['evaluations_averaged']} late evaluations")
-    for name, mean in [*rows, ("dataset", result["dataset_return_mean"])]:
+    for name, mean in [*rows, ("dataset", run["data"]["return_mean"])]:
         print(f"{name!s:>8} {mean:8.1f} {environment.score(mean):7.1f}")
     best = f"best single evaluation {result['best_single_evaluation']:.1f}"
     print(f"score {result['score']:.1f}, of target {result['target']}; {best}")
@@ -401,13 +386,6 @@ def join_processes(device):
     return dist.get_rank(), dist.get_world_size(), device
 
 
-def reduce(x):
-    """A tensor's sum over all processes, in place."""
-    if dist.is_initialized():
-        dist.all_reduce(x)
-    return x
-
-
 def gather(x):
     """The object x of each process, in a list by rank."""
     found = [x] * (dist.get_world_size() if dist.is_initialized() else 1)
@@ -419,7 +397,7 @@ def gather(x):
 def prepare(c, task, notes, folder, saved, device):
     """Find, read and build all that a run needs; c and notes are completed in place. Returns
     (Trajectories, Environment, LaMo, tokens (N,) of a text or None, run): run is what a checkpoint
-    says of a run before its first step. folder, saved: of the run that goes on, or None."""
+    holds before the first step. folder, saved: of the run that goes on, or None."""
     name = saved["dataset"] if saved else c.dataset
     dataset, share, notes["dataset"] = find_dataset(c.env, task, c.ratio, name, c.quality)
     environment, notes["environment"] = find_environment(task, dataset)
@@ -430,22 +408,17 @@ def prepare(c, task, notes, folder, saved, device):
         (model, _), base = load_policy(folder / "ckpt.pt", saved), saved["base"]
     else:
         model, base = build_model(c, environment)
-    tokens = None
+    tokens, centres = None, None
     if c.lm_coef:
         tokens, notes["text"] = load_text(c.corpus, model.gpt.config, c.lm_length)
-    size = summary(data, environment)
-    size["text"] = Path(tokens.filename).name if c.lm_coef else None  # has the text's hash in it
-    if saved and (other := [key for key in size if size[key] != saved["data"].get(key)]):
-        raise UserError(
-            f"{folder} was begun on other data or text ({', '.join(other)}); begin anew"
-        )
-    run = {"format": FORMAT, "settings": dict(vars(c)), "notes": notes, "base": base, "data": size}
-    run |= {"environment": pack(environment), "dataset": str(Path(dataset.spec.data_path).parent)}
-    run |= {"obs_mean": data.obs_mean.cpu(), "obs_std": data.obs_std.cpu(), "evaluations": []}
-    run |= {"step": 0, "seconds": 0.0, "evaluating": 0.0, "log_bytes": 0, "centres": None}
-    if c.similarity and not saved:  # of the words as they are before training
-        run["centres"] = word_centres(model.gpt.wte.weight)
-    return data, environment, model, tokens, run
+    if c.similarity and not saved:  # to the words as they are before training
+        centres = word_centres(model.gpt.wte.weight)
+    run = describe(c, notes, data, environment) | {"base": base, "centres": centres}
+    run |= {"format": FORMAT, "dataset": str(Path(dataset.spec.data_path).parent)}
+    run["data"]["text"] = Path(tokens.filename).name if c.lm_coef else None  # its hash is in it
+    if saved and run["data"] != saved["data"]:
+        raise UserError(f"{folder} was begun on other data or another text; begin anew")
+    return data, environment, model, tokens, saved or run
 
 
 def main():
@@ -454,12 +427,12 @@ def main():
         folder = Path(c.resume)
         if c != Config(resume=c.resume):
             raise UserError("--resume goes on with the run's own settings; leave out other flags")
-        if (folder / "result.json").is_file():
-            raise UserError(f"{folder} is finished; its score is in {folder / 'result.json'}")
         saved = read_checkpoint(folder / "ckpt.pt")
         c = Config(**saved["settings"])
     task = choose_settings(c, notes)
     rank, world, device = join_processes(torch.device(c.device))
+    if c.batch % world or (c.lm_coef and c.lm_batch % world):
+        raise UserError(f"--batch and --lm-batch must be multiples of the {world} processes")
     if rank > 0:
         dist.barrier()  # the first process goes ahead: nothing is fetched or tokenised twice
     data, environment, model, tokens, run = prepare(c, task, notes, folder, saved, device)
@@ -476,7 +449,7 @@ def main():
     trained = [p for p in model.to(device).parameters() if p.requires_grad]
     adamw = {"betas": (0.9, 0.999), "eps": 1e-6, "weight_decay": c.weight_decay, "fused": True}
     optimiser = torch.optim.AdamW(trained, lr=c.lr, **adamw)
-    objective = Objective(model, (saved or run)["centres"]).to(device)
+    objective = Objective(model, run["centres"]).to(device)
     objective = torch.compile(objective) if c.compile else objective
     if world > 1:
         objective = nn.parallel.DistributedDataParallel(objective)
@@ -485,12 +458,11 @@ def main():
     sums = torch.zeros(4, device=device)  # since the last row of the log: three losses, and steps
     if saved:
         with reading(folder / "ckpt.pt", "a checkpoint to go on from"):
-            run, n = saved, len(saved["states"])
-            if n != world:
+            if (n := len(saved["states"])) != world:
                 raise UserError(f"{folder} was begun by {n} processes, not {world}")
-            optimiser.load_state_dict(run["optimiser"])
-            sums += run["states"][rank]["sums"].to(device)
-            for rng, state in zip(rngs, run["states"][rank]["rngs"], strict=True):
+            optimiser.load_state_dict(saved["optimiser"])
+            sums += saved["states"][rank]["sums"].to(device)
+            for rng, state in zip(rngs, saved["states"][rank]["rngs"], strict=True):
                 rng.set_state(state)
     elif rank == 0:
         folder = begin_run(c, run, model)
@@ -509,56 +481,57 @@ def main():
             save_checkpoint(folder / "ckpt.pt", run)
         stop.at_once = True  # until the next step a signal loses nothing
 
-    stop.at_once = True
-    if saved is None:
-        save(0)
-    elif rank == 0 and run["step"] and (run["step"] % c.eval_every == 0 or run["step"] == c.steps):
-        evaluate(c, run, folder, model, environment, log)  # it was saved before its evaluation
-    left = range(run["step"] + 1, c.steps + 1)
-    bar = tqdm(left, "training", c.steps, initial=left.start - 1, disable=rank > 0, mininterval=1)
     model.train()
-    for step in bar:
-        stop.at_once = False
-        for group in optimiser.param_groups:
-            group["lr"] = get_lr(step, c)
-        window = sample_windows(data, c.batch // world, c.context, window_rng)
-        window, text = [x.to(device, non_blocking=True) for x in window], None
-        if c.lm_coef:
-            text = sample_text(tokens, c.lm_batch // world, c.lm_length, text_rng)
-            text = [x.to(device, non_blocking=True) for x in text]
-        count = reduce(window[-1].sum().float()) / world  # gradients are averaged over processes
-        with autocast:
-            action_loss, lm_loss, similarity = losses = objective(window, count, text)
-        loss = action_loss + c.lm_coef * lm_loss  # the paper's objective
-        if c.similarity:
-            loss = loss - c.similarity * fading(step) * similarity  # Wiki-RL's
-        loss.backward()
-        nn.utils.clip_grad_norm_(trained, c.clip)
-        optimiser.step()
-        optimiser.zero_grad(set_to_none=True)
-
-        sums += torch.stack([*losses, torch.ones_like(loss)]).detach()
-        if step % c.log_every == 0 or step == c.steps:
-            means = (reduce(sums)[:3] / sums[3]).tolist()
-            sums.zero_()
-            if not math.isfinite(sum(means)):
-                raise UserError(f"the loss is not finite by step {step}; lower --lr")
-            row = {name: x for name, x in zip(LOSSES, means, strict=True) if x}
-            bar.set_postfix(shown := shown | row)
-            if rank == 0:
-                seconds = time.time() - started - run["evaluating"]
-                log({"step": step, **row, "lr": get_lr(step, c), "seconds": seconds})
+    left = range(run["step"], c.steps + 1)
+    bar = tqdm(left, "training", c.steps, initial=left.start, disable=rank > 0, mininterval=1)
+    for step in bar:  # how many are done
         due = step % c.eval_every == 0 or step == c.steps
         if world == 1 or due or step % 10 == 0:
             stopping = max(gather(stop.number))  # all processes stop after the same step
         if due or stopping:
             save(step)
             stopping = max(gather(stop.number))
-        if stopping:
-            break
-        if due and rank == 0:
+        if due and step and rank == 0 and not stopping:
             shown["score"] = evaluate(c, run, folder, model, environment, log)
-    if stopping and rank == 0:
+        if stopping or step == c.steps:
+            break
+
+        stop.at_once = False
+        lr = get_lr(step + 1, c)
+        for group in optimiser.param_groups:
+            group["lr"] = lr
+        window = sample_windows(data, c.batch // world, c.context, window_rng)
+        window, text = [x.to(device, non_blocking=True) for x in window], None
+        if c.lm_coef:
+            text = sample_text(tokens, c.lm_batch // world, c.lm_length, text_rng)
+            text = [x.to(device, non_blocking=True) for x in text]
+        count = window[-1].sum().float()  # valid steps
+        if world > 1:  # of all processes, whose gradients are averaged
+            dist.all_reduce(count.div_(world))
+        with autocast:
+            action_loss, lm_loss, similarity = losses = objective(window, count, text)
+        loss = action_loss + c.lm_coef * lm_loss  # the paper's objective
+        if c.similarity:
+            loss = loss - c.similarity * fading(step + 1) * similarity  # Wiki-RL's
+        loss.backward()
+        nn.utils.clip_grad_norm_(trained, c.clip)
+        optimiser.step()
+        optimiser.zero_grad(set_to_none=True)
+
+        sums += torch.stack([*losses, torch.ones_like(loss)]).detach()
+        if (step + 1) % c.log_every == 0 or step + 1 == c.steps:
+            means = np.mean(gather((sums[:3] / sums[3]).tolist()), axis=0).tolist()
+            sums.zero_()
+            if not math.isfinite(sum(means)):
+                raise UserError(f"the loss is not finite by step {step + 1}; lower --lr")
+            names = ("action_loss", "lm_loss", "similarity")
+            row = {name: x for name, x in zip(names, means, strict=True) if x}
+            bar.set_postfix(shown := shown | row)
+            if rank == 0:
+                seconds = time.time() - started - run["evaluating"]
+                log({"step": step + 1, **row, "lr": lr, "seconds": seconds})
+
+    if rank == 0 and stopping:
         print(f"stopped after step {step}; go on with: python train.py --resume {folder}")
     elif rank == 0:
         run["seconds"] = time.time() - started

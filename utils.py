@@ -21,9 +21,7 @@ class UserError(Exception):
 
 def run_command(main):
     """Call main(). What the user can put right ends in one line and exit code 2."""
-    if (
-        sys.platform == "linux"
-    ):  # keep freed memory: else GPT-2 small's step takes 1.4 times as long
+    if sys.platform == "linux":  # keep freed memory: GPT-2 small's step takes 1.4 times without
         ctypes.CDLL(None).mallopt(-3, 2**30)  # M_MMAP_THRESHOLD
         ctypes.CDLL(None).mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
     try:

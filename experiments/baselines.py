@@ -24,8 +24,8 @@ from tqdm import tqdm
 import train
 from data import find_dataset, load_trajectories, sample_windows
 from evaluate import print_table, rollout
-from tasks import find_environment, find_task, pack, task_of_dataset, unpack
-from train import begin_run, end_run, fill, open_log, read_checkpoint, save_checkpoint, summary
+from tasks import find_environment, find_task, task_of_dataset, unpack
+from train import begin_run, describe, end_run, fill, open_log, read_checkpoint, save_checkpoint
 from utils import StopSignals, UserError, choose_device, reading, run_command
 
 FORMAT = "lamo-baseline-2"  # what ckpt["format"] says
@@ -222,11 +222,7 @@ def main():
     actor = Actor(learner.policy).to(device)
     generator = torch.Generator(data.obs.device).manual_seed(c.seed)
 
-    run = {"format": FORMAT, "settings": dict(vars(c)), "notes": notes, "base": None}
-    run["data"] = summary(data, environment)
-    run |= {"environment": pack(environment), "evaluations": [], "log_bytes": 0}
-    run |= {"obs_mean": data.obs_mean.cpu(), "obs_std": data.obs_std.cpu()}
-    run |= {"step": 0, "seconds": 0.0, "evaluating": 0.0}
+    run = describe(c, notes, data, environment) | {"format": FORMAT, "base": None}
     folder = begin_run(c, run, learner.trained)
     log, stop, started = open_log(c, folder, run), StopSignals(), time.time()
     sums = defaultdict(list)  # each loss of the steps since the last row of the log

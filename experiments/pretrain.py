@@ -211,8 +211,8 @@ def main():
         looking = step % c.eval_every == 0 or step == c.steps
         if world == 1 or looking or step % 10 == 0:
             stopping = max(train.gather(stop.number))  # all processes stop after the same step
-        if looking or stopping:
-            train.reduce(summed).div_(world)
+        if world > 1 and (looking or stopping):
+            torch.distributed.all_reduce(summed.div_(world))
         if rank == 0 and looking:
             with autocast:
                 loss = text_loss(gpt, heldout)

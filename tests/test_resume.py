@@ -75,8 +75,9 @@ def test_sigterm_ends_the_step_and_nothing_is_lost(copy, whole):
     (copy / ".ckpt.pt.123.tmp").write_bytes(b"half a checkpoint")  # as a kill leaves it
     with open(copy / "log.jsonl", "a") as log:
         log.write('{"step": 5')  # likewise
-    call(train.main, "--resume", copy)
-    assert_same(outcome(copy), whole)
+    for _ in range(2):  # a run that is finished does its last evaluation once more
+        call(train.main, "--resume", copy)
+        assert_same(outcome(copy), whole)
 
 
 def test_sigint_likewise_and_wiki_rl_keeps_its_words(tmp_path):
@@ -166,9 +167,6 @@ def test_what_cannot_be_resumed(copy, tmp_path):
     refuses("--resume", "--resume", copy, "--lr", 1)
     refuses("nowhere", "--resume", tmp_path / "nowhere")
     refuses("ckpt.pt", "--resume", tmp_path)
-    (copy / "result.json").write_text("{}")
-    refuses(str(copy), "--resume", copy)
-    (copy / "result.json").unlink()
     sound = read_checkpoint(copy / "ckpt.pt")
     for change in (
         {"states": 2 * sound["states"]},
