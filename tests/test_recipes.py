@@ -1,0 +1,65 @@
+"""docs/recipes: every patch applies to the code as it stands, and its page's commands train."""
+
+import json
+import shlex
+import shutil
+import subprocess
+import sys
+
+import pytest
+from runs import ROOT
+
+PATCHES = sorted((ROOT / "docs" / "recipes").glob("*.patch"))
+SHORT = "--steps 3 --eval-every 3 --episodes 1 --episode-limit 5 --log-every 1 --batch 4"
+
+
+def call(folder, *command, code=0):
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
+    assert done.returncode == code, done.stderr[-3000:]
+
+
+@pytest.fixture(params=PATCHES, ids=lambda path: path.stem)
+def patch(request):
+    return request.param
+
+
+@pytest.fixture
+def copy(tmp_path):
+    """The project's code in a folder of its own."""
+    shutil.copytree(ROOT / "experiments", tmp_path / "experiments")
+    (tmp_path / "assets").symlink_to(ROOT / "assets")
+    for path in ROOT.glob("*.py"):
+        shutil.copy(path, tmp_path)
+    return tmp_path
+
+
+def test_a_recipe_trains(patch, copy):
+    """Its page's commands run on a copy with its patch; the runs are cut to three steps."""
+    call(copy, "git", "apply", patch)
+    page = patch.with_suffix(".md").read_text().splitlines()
+    commands = [shlex.split(line)[1:] for line in page if line.startswith("    python ")]
+    for words in commands:
+        text = ["--lm-length", "32"] if words[0] == "train.py" else []
+        trains = [*SHORT.split(), *text, "--out", "runs", "--name", "run"]
+        call(copy, sys.executable, *words, *([] if "experiments.collect" in words else trains))
+    rows = [json.loads(line) for line in (copy / "runs/run/log.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == [1, 2, 3, 3]
+
+
+def test_a_recipe_notices_that_its_code_has_changed(patch, copy):
+    """At most 15 lines; and a change to any line beside those makes the patch fail."""
+    changed, path, beside = 0, None, []
+    for line in patch.read_text().splitlines():
+        if line.startswith("+++ "):
+            path = copy / line.removeprefix("+++ b/")
+        elif line[0] in "+-" and not line.startswith("---"):
+            changed += 1
+        if line[0] in " -" and line[1:].strip() and not line.startswith("---"):
+            beside.append((path, line[1:]))
+    assert 0 < changed <= 15
+    call(copy, "git", "apply", "--check", patch)
+    for path, line in beside:
+        text = path.read_text()
+        path.write_text(text.replace(f"{line}\n", f"{line}  # changed\n"))
+        call(copy, "git", "apply", "--check", patch, code=1)
+        path.write_text(text)
