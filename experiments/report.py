@@ -1,49 +1,186 @@
-"""Tables and figures from run folders, in the paper's layout.
+"""Tables and figures of finished runs, in the paper's layout.
 
-    python -m experiments.report runs                  # writes report/report.md, CSV, PNG and SVG
-    python -m experiments.report runs more --out both
+    python -m experiments.report runs                      # writes report/: Markdown, CSV and PNG
+    python -m experiments.report runs --pack study.jsonl   # the same runs as one file, to share
+    python -m experiments.report study.jsonl more --out both
 
-Reads config.json and log.jsonl of every run, of train.py's and baselines.py's alike. A run's score
-is computed anew from its log, by evaluate.final_result; a table shows mean and standard deviation
-over seeds. What is missing or odd is one line each, printed and in the report. The paper's figures,
-from paper.txt beside this file, stand next to ours: they are of other data and larger language
-models. Figures are drawn in experiments/figures.py.
+Reads run folders of train.py and baselines.py, or what --pack wrote of them. A run's score is
+computed anew from its evaluations; tables show mean and standard deviation over seeds. Runs whose
+settings differ are never averaged. What is left out or missing is one line each, printed and in the
+report. The paper's scores, from paper.txt beside this file, are of other data and larger language
+models, so they compare in kind only. The figures are drawn by experiments/figures.py.
 """
 
 import csv
 import io
+import json
+import re
 from collections import Counter
 from dataclasses import dataclass
+from itertools import cycle
 from pathlib import Path
 
 import numpy as np
 import tyro
 
-from experiments.read_runs import NAMES, label, make_cells, place_of, read_runs, title
-from utils import UserError, run_command, write_atomically
+from evaluate import final_result
+from utils import UserError, reading, run_command, write_atomically
 
+SEEDS = 3  # the protocol's; a cell with more or fewer says so
 RESAMPLES = 10_000  # bootstrap samples of an interval
 PAPER = Path(__file__).with_name("paper.txt")
-CSV = "task,ratio,mode,dataset,method,steps,mean,std,n,seeds,scores,best_single,data_score,lm,"
-CSV += "paper_mean_std"
+# Methods as the paper writes them, in its columns' order; the others go by our names.
+NAMES = {"lamo": "LaMo", "dt": "DT", "wiki-rl": "Wiki-RL", "cql": "CQL", "iql": "IQL"}
+NAMES |= {"td3bc": "TD3+BC", "bcq": "BCQ", "nfq": "NFQ", "bc": "BC"}
+# Settings that a table shows itself, or in which runs may differ whose mean is taken.
+FREE = {"env", "ratio", "mode", "dataset", "quality", "method", "algo", "seed", "device", "compile"}
+FREE |= {"deterministic", "log_every", "out", "name", "resume", "tensorboard", "wandb"}
 
 
 @dataclass
 class Arguments:
-    runs: tyro.conf.Positional[list[str]]  # folders that hold runs' folders, or are some
-    out: str = "report"  # where it is written
+    runs: tyro.conf.Positional[list[str]]  # run folders, folders of them, or files of --pack
+    out: str = "report"  # the folder it is written to
     figures: bool = True  # draw, which needs matplotlib
+    pack: str | None = None  # write no report, but the runs to this file, a line each
+
+
+# --- runs -----------------------------------------------------------------------------------------
+
+
+def read_folder(folder):
+    """What a report needs of a run's folder: a line of --pack. Raises UserError if unfinished."""
+    if not (folder / "result.json").is_file():
+        raise UserError(f"{folder}: left out, for it has no result.json: it is not finished")
+    config, result = (json.loads((folder / f"{n}.json").read_text()) for n in ("config", "result"))
+    log = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    record = {key: config[key] for key in ("settings", "notes", "base", "data")}
+    record |= {key: config.get(key) for key in ("commit", "machine", "versions")}
+    record |= {key: result.get(key) for key in ("seconds", "seconds_evaluating")}
+    kept = ("target", "return_mean", "score", "cut")  # not every episode's return
+    record["evaluations"] = [
+        {"step": row["step"], "results": [{key: r[key] for key in kept} for r in row["evaluation"]]}
+        for row in log
+        if "evaluation" in row
+    ]
+    record["language"] = [(row["step"], row["lm_loss"]) for row in log if row.get("lm_loss")]
+    return record
+
+
+class Run:
+    """A finished run. where: its folder, or FILE:LINE; record: what read_folder returned."""
+
+    def __init__(self, where, record):
+        self.where, self.record = where, record
+        settings, base, evaluations = (record[k] for k in ("settings", "base", "evaluations"))
+        self.method, self.seed, self.steps = (settings[k] for k in ("method", "seed", "steps"))
+        self.row = (*(settings[k] for k in ("env", "ratio", "mode")), record["data"]["dataset"])
+        result = final_result(evaluations, self.steps)
+        self.score, self.best_single = result["score"], result["best_single_evaluation"]
+        self.data_score = record["data"]["score"]  # of the dataset's own mean return
+        self.plain = "plain returns" in record["notes"]["environment"]  # no reference returns
+        best = [target["target"] for target in result["targets"]].index(result["target"])
+        share = 100 / self.steps  # curve: (share of the steps in %, score of the best target)
+        self.curve = [(share * e["step"], e["results"][best]["score"]) for e in evaluations]
+        self.language = record["language"]  # (step, nats a token)
+        self.lm = Path(base["lm"]).name.removesuffix(".safetensors") if base else "none"
+        tied = {k: v for k, v in settings.items() if k not in FREE}  # no mean mixes these
+        self.settings = {k: tuple(v) if isinstance(v, list) else v for k, v in tied.items()}
+        self.settings["lm"] = self.lm
+        if settings.get("pretrained"):  # random weights differ with the seed, as they should
+            self.settings["weights"] = base["sha256"][:8]
+
+
+def read_runs(paths):
+    """(Runs, remarks) of run folders, folders of them, and packed studies."""
+    runs, remarks = [], []
+    for top in map(Path, paths):
+        with reading(top, "a folder of runs, or a file that --pack wrote"):
+            if top.is_file():
+                lines = enumerate(top.read_text().splitlines(), 1)
+                runs += [Run(f"{top}:{i}", json.loads(line)) for i, line in lines]
+                continue
+            folders = [p for p in (top, *sorted(top.iterdir())) if (p / "config.json").is_file()]
+        remarks += [] if folders else [f"{top}: no run in it"]
+        for folder in folders:
+            try:
+                with reading(folder, "a run's folder"):
+                    runs.append(Run(folder, read_folder(folder)))
+            except UserError as error:
+                remarks.append(str(error))
+    return runs, remarks
+
+
+def name_runs(runs):
+    """Give each run its name: the method, and those settings in which it differs from most others.
+
+    Most: those of the same row and method whose values are the commonest in all runs. An older run
+    has no value for a setting that is newer; that is no difference.
+    """
+    common = Counter(item for run in runs for item in run.settings.items())
+    for place in {(run.row, run.method) for run in runs}:
+        same = [run for run in runs if (run.row, run.method) == place]
+        usual = max((run.settings for run in same), key=lambda s: sum(common[x] for x in s.items()))
+        lms = {(run.settings.get("lm"), run.settings.get("weights")) for run in same}
+        for run in same:
+            other = {k: v for k, v in sorted(run.settings.items()) if usual.get(k, v) != v}
+            if "lm" in other and sum(lm == other["lm"] for lm, _ in lms) == 1:
+                other.pop("weights", None)  # the file's name says as much
+            parts = [v if k == "lm" else f"{k} {v}" for k, v in other.items()]
+            run.name = ", ".join([NAMES.get(run.method, run.method), *parts])
+
+
+def make_cells(runs, remarks):
+    """{(row, name): runs, a seed each}, in the tables' order. Adds to remarks what is there twice,
+    and seeds that are missing."""
+    name_runs(runs)
+    cells = {}
+    for run in sorted(runs, key=lambda run: run.seed):
+        cell = cells.setdefault((run.row, run.name), [])
+        if cell and cell[-1].seed == run.seed:
+            remarks.append(f"{run.where}: the same run as {cell[-1].where}, which is counted")
+        else:
+            cell.append(run)
+    for (row, name), cell in cells.items():
+        seeds = {run.seed for (other, _), runs in cells.items() if other == row for run in runs}
+        if missing := sorted(seeds - {run.seed for run in cell}):
+            lacking = ", ".join(map(str, missing))
+            remarks.append(f"{title(row)} ({row[3]}), {name}: no seed {lacking}")
+
+    def order(key):
+        (task, ratio, mode, dataset), name = key
+        return task, dataset, -ratio, mode, place_of(name)
+
+    return {key: cells[key] for key in sorted(cells, key=order)}
+
+
+def place_of(name):
+    """Where a name stands: the paper's columns, then the ablations, then other settings."""
+    order, method = list(NAMES.values()), name.partition(", ")[0]
+    return ", " in name, order.index(method) if method in order else len(order), name
+
+
+def title(row):
+    """A row of the tables in words."""
+    task, ratio, mode, _ = row
+    return f"{task} {100 * ratio:g} %" + (f" {mode}" if mode != "normal" else "")
+
+
+def scores_of(cell):
+    return np.array([run.score for run in cell])
+
+
+# --- numbers --------------------------------------------------------------------------------------
 
 
 def read_paper():
-    """{(task, ratio): {method: "mean ± std"}} of paper.txt."""
+    """{(task, ratio): {name: "mean ± std"}} of paper.txt."""
     lines = [line for line in PAPER.read_text().splitlines() if not line.startswith("#")]
-    _, _, *methods = lines[0].split()
-    paper = {}
+    names, paper = [NAMES.get(method, method) for method in lines[0].split()[2:]], {}
     for line in lines[1:]:
         task, ratio, *cells = line.split()
-        known = zip(methods, cells, strict=True)
-        paper[task, float(ratio)] = {m: c.replace("±", " ± ") for m, c in known if c != "-"}
+        known = zip(names, cells, strict=True)
+        paper[task, float(ratio)] = {n: c.replace("±", " ± ") for n, c in known if c != "-"}
     return paper
 
 
@@ -68,169 +205,113 @@ def iqm(scores, resamples=RESAMPLES, seed=0):
 
 
 def aggregate(cells):
-    """[(rows, {name: (IQM, low, high)})]: for sets of two rows or more, the names that have all.
-
-    A set is what some method was run on. Rows whose scores are plain returns are in none.
-    """
-    of_name = {}
+    """{rows in words: {name: (IQM, low, high)}}, of two rows or more, with the names that
+    have all of them. A set is what some method was run on, without rows of plain returns."""
+    of_name, out, alike = {}, {}, Counter(map(title, {row for row, _ in cells}))
     for (row, name), cell in cells.items():
-        if not cell.runs[0].plain:
+        if not cell[0].plain:
             of_name.setdefault(name, []).append(row)
     sets = {tuple(rows) for rows in of_name.values() if len(rows) > 1}
-    out = []
     for rows in sorted(sets, key=lambda rows: (-len(rows), sorted(rows))):
+        words = [title(r) + (f" ({r[3]})" if alike[title(r)] > 1 else "") for r in rows]
         names = [name for name in sorted(of_name, key=place_of) if set(of_name[name]) >= set(rows)]
-        out.append((rows, {n: iqm([cells[row, n].scores for row in rows]) for n in names}))
+        means = {name: iqm([scores_of(cells[row, name]) for row in rows]) for name in names}
+        out[", ".join(words)] = means
     return out
 
 
-# --- writing -------------------------------------------------------------------------------------
+# --- writing --------------------------------------------------------------------------------------
 
 
-def listing(rows):
-    """Rows in words; with their data where two would read alike."""
-    times = Counter(map(title, rows))
-    return ", ".join(title(r) + (f" ({r[3]})" if times[title(r)] > 1 else "") for r in rows)
-
-
-def cell_text(cell, usual):
-    """ "50.9 ± 3.1", with the number of seeds where it is not the usual one."""
-    n, mean = len(cell.runs), f"{cell.scores.mean():.1f}"
-    if n == 1:
-        return f"{mean} (1 seed)"
-    return f"{mean} ± {cell.scores.std():.1f}" + ("" if n == usual else f" ({n} seeds)")
+def cell_text(cell):
+    """ "50.9 ± 3.1", with the number of seeds where it is not the protocol's."""
+    scores, n = scores_of(cell), len(cell)
+    seeds = {SEEDS: "", 1: " (1 seed)"}.get(n, f" ({n} seeds)")
+    return f"{scores.mean():.1f}" + (f" ± {scores.std():.1f}" if n > 1 else "") + seeds
 
 
 def table(cells, names, paper):
     """Lines of a Markdown table: a line a row, a column a name, the paper's figure below ours."""
-    usual = max(len(cell.runs) for cell in cells.values())
-    lines = ["| task | data | " + " | ".join(map(label, names)) + " | data's own |"]
+    lines = [f"| task | data | {' | '.join(names)} | data's own |"]
     lines.append("|---" * (len(names) + 3) + "|")
     for row in dict.fromkeys(row for row, name in cells if name in names):
         here = {name: cells[row, name] for name in names if (row, name) in cells}
-        best = max(cell.scores.mean() for cell in here.values())
+        best = max(scores_of(cell).mean() for cell in here.values())
         texts = dict.fromkeys(names, "")
         for name, cell in here.items():
-            text = cell_text(cell, usual)
-            texts[name] = f"**{text}**" if cell.scores.mean() == best else text
+            bold = "**" if scores_of(cell).mean() == best else ""
+            texts[name] = bold + cell_text(cell) + bold
             if row[2] == "normal" and name in paper.get(row[:2], {}):
                 texts[name] += f"<br>*paper {paper[row[:2]][name]}*"
-        own = np.mean([run.data_score for cell in here.values() for run in cell.runs])
+        own = np.mean([run.data_score for cell in here.values() for run in cell])
         lines.append(f"| {title(row)} | {row[3]} | {' | '.join(texts.values())} | {own:.1f} |")
     return lines
 
 
-def seeds_table(cells):
-    """Lines of a Markdown table: a line a cell, every seed's score in it."""
-    lines = ["| task | method | seeds | scores | mean ± std | best single | language model |"]
-    lines.append("|---" * 7 + "|")
-    for (row, name), cell in cells.items():
-        parts = [title(row), label(name), ", ".join(map(str, cell.seeds))]
-        parts += [", ".join(f"{s:.1f}" for s in cell.scores), cell_text(cell, len(cell.runs))]
-        parts += [f"{max(run.best_single for run in cell.runs):.1f}", Path(cell.runs[0].lm).stem]
-        lines.append(f"| {' | '.join(parts)} |")
-    return lines
-
-
-def csv_text(cells, paper):
-    """The cells as CSV, a line each."""
-    text = io.StringIO()
-    out = csv.writer(text, lineterminator="\n")
-    out.writerow(CSV.split(","))
-    for ((task, ratio, mode, dataset), name), cell in cells.items():
-        run, scores, n = cell.runs[0], cell.scores, len(cell.runs)
-        line = [task, f"{ratio:g}", mode, dataset, name, run.steps, f"{scores.mean():.4f}"]
-        line += [f"{scores.std():.4f}" if n > 1 else "", n, " ".join(map(str, cell.seeds))]
-        line += [" ".join(f"{s:.4f}" for s in scores)]
-        line += [f"{max(r.best_single for r in cell.runs):.4f}"]
-        line += [f"{np.mean([r.data_score for r in cell.runs]):.4f}", run.lm]
-        known = paper.get((task, ratio), {}) if mode == "normal" else {}
-        out.writerow([*line, known.get(name, "")])
-    return text.getvalue()
-
-
-def draw_all(folder, cells, aggregates):
-    """Draw every figure that these cells have something for. Returns {heading: [file's stem]}."""
-    from experiments import figures
-
-    names = sorted({name for _, name in cells}, key=place_of)
-    colours, stems, drawn, lines = figures.colours_of(names), Counter(), {}, {}
-    for row in dict.fromkeys(row for row, _ in cells):
-        stem = f"{row[0]}-{row[1]:g}".replace("/", "-") + ("" if row[2] == "normal" else "-delayed")
-        stems[stem] += 1
-        stem += f"-{stems[stem]}" if stems[stem] > 1 else ""
-        here = {name: cell for (r, name), cell in cells.items() if r == row}
-        heading = f"{title(row)}, {row[3]}"
-        figures.draw_curves(folder / f"curves-{stem}", heading, here, colours)
-        drawn.setdefault("Learning curves", []).append(f"curves-{stem}")
-        if talking := {n: cell for n, cell in here.items() if all(r.language for r in cell.runs)}:
-            figures.draw_language(folder / f"language-{stem}", heading, talking, colours)
-            drawn.setdefault("Language loss", []).append(f"language-{stem}")
-    for ((task, ratio, mode, dataset), name), cell in reversed(cells.items()):  # ratios rise
-        lines.setdefault((task, dataset, mode), {}).setdefault(name, []).append((ratio, cell))
-    panels = []
-    for (task, dataset, _), of_name in reversed(lines.items()):
-        shown = {n: of_name[n] for n in names if len(of_name.get(n, ())) > 1}
-        panels += [(f"{task}, {dataset}", shown)] if shown else []
-    if panels:
-        figures.draw_ratios(folder / "ratios", panels, colours)
-        drawn["Score against the share of the data"] = ["ratios"]
-    if aggregates:
-        panels = [(listing(rows), means) for rows, means in aggregates]
-        figures.draw_iqm(folder / "iqm", panels, colours)
-        drawn["Interquartile means"] = ["iqm"]
-    return drawn
-
-
-def report_text(cells, remarks, aggregates, drawn, paper, command):
-    """The whole report as Markdown."""
-    names = sorted({name for _, name in cells}, key=place_of)
-    compared = [name for name in names if name in NAMES]
-    others = [name for name in names if name not in NAMES]
-    runs = [run for cell in cells.values() for run in cell.runs]
-    usual = max(len(cell.runs) for cell in cells.values())
-    often = "" if usual == 1 else f", {usual} where it does not say otherwise"
-    lms = ", ".join(sorted({Path(run.lm).stem for run in runs} - {"none"})) or "none"
-    steps = {}
-    for run in runs:
-        if run.name == run.method:
-            steps.setdefault(run.steps, set()).add(label(run.name))
-    steps = "; ".join(f"{n} of {', '.join(sorted(steps[n]))}" for n in sorted(steps))
-    made_by = ["", f"`{command}`", ""]
-    text = ["# Report", "", f"{len(runs)} runs; language models: {lms}; steps: {steps}.", ""]
-    text += [
-        "A run's score is its best target's mean over the evaluations in the last 20 % of the "
-        f"steps. A cell is mean ± standard deviation over seeds{often}; **bold** is a line's best "
-        "mean. *Paper* is arXiv 2310.20587's figure: other data (D4RL v2, DQN replay) and GPT-2 "
-        "small or medium, so it compares in kind only. The last column is the mean return of the "
-        "data themselves, as a score.",
-        "",
-    ]
-    if remarks:
-        text += ["Missing or odd:", "", *[f"- {remark}" for remark in remarks], ""]
-    if compared:
-        text += ["## Methods", "", *table(cells, compared, paper), *made_by]
+def tables(cells, names, aggregates, paper):
+    """All tables as lines of Markdown."""
+    compared = [name for name in names if name in NAMES.values()]
+    others = [name for name in names if name not in compared]
+    text = ["## Methods", "", *table(cells, compared, paper), ""] if compared else []
     if others:
         rows = {row for row, name in cells if name in others}
         there = {key: cell for key, cell in cells.items() if key[0] in rows}
-        beside = [name for name in names if name == "lamo" or name in others]
-        text += ["## Ablations and other settings", "", *table(there, beside, paper), *made_by]
+        beside = [name for name in names if name == "LaMo" or name in others]
+        text += ["## Ablations and other settings", "", *table(there, beside, paper), ""]
+    for rows, means in aggregates.items():
+        text += [f"## Over {rows}", ""]
+        text += ["| method | interquartile mean | 95 % interval |", "|---|---|---|"]
+        for name, (mean, low, high) in means.items():
+            interval = "one seed: none" if low is None else f"{low:.1f} to {high:.1f}"
+            text.append(f"| {name} | {mean:.1f} | {interval} |")
+        text.append("")
+    return text
+
+
+def csv_text(cells):
+    """The cells as CSV, a line each."""
+    lines = []
+    for (row, name), cell in cells.items():
+        scores = scores_of(cell)
+        line = dict(zip(("task", "ratio", "mode", "dataset"), row, strict=True), method=name)
+        line |= {"lm": cell[0].lm, "steps": cell[0].steps, "n": len(cell)}
+        line |= {"mean": f"{scores.mean():.4f}", "std": f"{scores.std():.4f}"}
+        line |= {"seeds": " ".join(str(run.seed) for run in cell)}
+        line |= {"scores": " ".join(f"{score:.4f}" for score in scores)}
+        line |= {"best_single": f"{max(run.best_single for run in cell):.4f}"}
+        line |= {"data_score": f"{np.mean([run.data_score for run in cell]):.4f}"}
+        lines.append(line)
+    out = csv.DictWriter(text := io.StringIO(), lines[0], lineterminator="\n")
+    out.writeheader()
+    out.writerows(lines)
+    return text.getvalue()
+
+
+def draw_all(folder, cells, names, aggregates):
+    """Draw every figure that these cells have something for. Returns the files' names."""
+    from experiments import figures
+
+    plan, shares = {}, {}  # plan: file: (function, heading, what it draws)
+    for row in dict.fromkeys(row for row, _ in cells):
+        task, ratio, mode, dataset = row
+        place = f"{task}, {dataset}" + (f", {mode}" if mode != "normal" else "")
+        here = {name: cell for (r, name), cell in cells.items() if r == row}
+        heading = f"{title(row)}, {dataset}"
+        plan[f"curves-{place}-{ratio:g}"] = figures.draw_curves, heading, here
+        if talking := {n: cell for n, cell in here.items() if all(r.language for r in cell)}:
+            plan[f"language-{place}-{ratio:g}"] = figures.draw_language, heading, talking
+        for name, cell in here.items():
+            shares.setdefault(place, {}).setdefault(name, {})[ratio] = cell
+    for place, lines in shares.items():
+        if several := {name: points for name, points in lines.items() if len(points) > 1}:
+            plan[f"ratios-{place}"] = figures.draw_ratios, place, several
     if aggregates:
-        what = "Interquartile mean of all seeds' scores, with a bootstrap's interval: "
-        what += f"{RESAMPLES:,} samples that draw seeds within each task (Agarwal et al. 2021)."
-        text += ["## Over tasks", "", what, ""]
-        for rows, means in aggregates:
-            text += [f"Over {len(rows)} rows: {listing(rows)}.", ""]
-            text += ["| method | IQM | 95 % interval |", "|---|---|---|"]
-            for name, (mean, low, high) in means.items():
-                interval = "one seed: none" if low is None else f"{low:.1f} to {high:.1f}"
-                text.append(f"| {label(name)} | {mean:.1f} | {interval} |")
-            text.append("")
-        text += made_by[1:]
-    for heading, stems in drawn.items():
-        text += [f"## {heading}", "", *[f"![{stem}]({stem}.png)" for stem in stems], *made_by]
-    text += ["## Every seed", "", *seeds_table(cells), *made_by]
-    return "\n".join(text)
+        plan["iqm"] = figures.draw_iqm, "IQM of normalised scores", aggregates
+    colours, drawn = dict(zip(names, cycle(figures.COLOURS), strict=False)), []
+    for file, (draw, heading, content) in plan.items():
+        drawn.append(re.sub("[/, ]+", "-", file) + ".png")
+        draw(folder / drawn[-1], heading, content, colours)
+    return drawn
 
 
 def main():
@@ -240,15 +321,32 @@ def main():
     for remark in remarks:
         print(remark)
     if not runs:
-        where = ", ".join(args.runs)
-        raise UserError(f"no finished run in {where}; give the folder that --out of runs named")
-    aggregates = aggregate(cells)
-    drawn = draw_all(out, cells, aggregates) if args.figures else {}
-    command = f"python -m experiments.report {' '.join(args.runs)}"
-    command += f" --out {args.out}" if args.out != Arguments.out else ""
-    text = report_text(cells, remarks, aggregates, drawn, paper, command)
+        raise UserError(f"no finished run in {', '.join(args.runs)}; give the --out of a run")
+    if args.pack:
+        lines = [json.dumps(run.record, separators=(",", ":")) + "\n" for run in runs]
+        write_atomically(args.pack, lambda file: file.write("".join(lines).encode()))
+        print(f"{len(runs)} runs packed: {args.pack}")
+        return
+    names, aggregates = sorted({run.name for run in runs}, key=place_of), aggregate(cells)
+    drawn = draw_all(out, cells, names, aggregates) if args.figures else []
+    text = f"""# Report
+
+{len(runs)} runs, read by `python -m experiments.report {" ".join(args.runs)}`. Language models:
+{", ".join(sorted({run.lm for run in runs}))}.
+
+A run's score is its best target's mean over the evaluations in the last 20 % of the steps. A cell
+is mean ± standard deviation over {SEEDS} seeds, or as many as it says; **bold** is a line's best
+mean. *Paper* is arXiv 2310.20587's figure: other data (D4RL v2, DQN replay) and GPT-2 small or
+medium, so it compares in kind only. The last column is the mean return of the data themselves, as a
+score. Interquartile means are over all seeds' scores, with a bootstrap's interval: {RESAMPLES:,}
+samples that draw seeds within each task (Agarwal et al. 2021). Every seed's score is in report.csv.
+
+"""
+    text += "".join(f"- {remark}\n" for remark in remarks) + "\n" * bool(remarks)
+    text += "\n".join(tables(cells, names, aggregates, paper)) + "\n"
+    text += "".join(f"![{Path(file).stem}]({file})\n" for file in drawn)
     write_atomically(out / "report.md", lambda file: file.write(text.encode()))
-    write_atomically(out / "report.csv", lambda file: file.write(csv_text(cells, paper).encode()))
+    write_atomically(out / "report.csv", lambda file: file.write(csv_text(cells).encode()))
     print(f"{len(runs)} runs read: {out / 'report.md'}, {out / 'report.csv'}")
 
 

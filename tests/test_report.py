@@ -4,33 +4,31 @@ import csv
 import json
 import math
 from itertools import product
-from pathlib import Path
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
-from runs import ROOT, call
+from runs import call
 
 from experiments import report
-from experiments.read_runs import make_cells, read_runs
-from experiments.report import aggregate, iqm
+from experiments.report import aggregate, iqm, make_cells, read_runs
 from utils import UserError
 
 STEPS, EVERY = 10, 2  # so that the evaluations at steps 10 alone are in the last 20 %
 
 
-def write_run(top, name, scores, method="lamo", seed=0, sha256="0" * 64, notes=None, **other):
+def write_run(top, name, scores, method="lamo", seed=0, sha256="0" * 64, note="Hopper-v5", **other):
     """A run's folder, as train.py or baselines.py leaves it. scores: at each evaluation, the score
-    of targets 3600 and 1800; other: settings."""
-    folder, which = top / name, "algo" if method in ("bc", "cql") else "method"
+    of targets 3600 and 1800; note: on the environment; other: settings, and the dataset's id."""
+    folder, dataset = top / name, other.pop("dataset", "lamo/hopper/medium-v0")
     folder.mkdir(parents=True)
-    chosen = {"env": "hopper", "ratio": 0.01, "mode": "normal", which: method, "seed": seed}
+    chosen = {"env": "hopper", "ratio": 0.01, "mode": "normal", "method": method, "seed": seed}
     chosen |= {"lm": "mini", "steps": STEPS, "eval_every": EVERY, "name": name} | other
-    said = {"dataset": "/x/datasets/lamo/hopper/medium-v0, as asked", "environment": "Hopper-v5"}
-    config = {"settings": chosen, "notes": said | (notes or {})}
-    config |= {"base": {"lm": "mini", "sha256": sha256}, "data": {"score": 38.0}}
+    config = {"settings": chosen, "notes": {"environment": note}}
+    config |= {"base": {"lm": chosen["lm"], "sha256": sha256}}
+    config |= {"data": {"score": 38.0, "dataset": dataset}}
     (folder / "config.json").write_text(json.dumps(config))
     rows = []
     for i, pair in enumerate(scores, 1):
@@ -57,13 +55,12 @@ def test_a_table_is_what_one_computes_by_hand(tmp_path):
     # sqrt(200 / 3) and sqrt(1400 / 3)
     line = "| hopper 1 % | lamo/hopper/medium-v0 | **50.0 ± 8.2**<br>*paper 52.0 ± 4.6* "
     assert line + "| 40.0 ± 21.6<br>*paper 50.0 ± 12.6* | 38.0 |" in text
-    assert "| LaMo | 0, 1, 2 | 50.0, 60.0, 40.0 | 50.0 ± 8.2 | 99.0 | mini |" in text
     lamo, bc = csv.DictReader((out / "report.csv").open())
-    assert (lamo["method"], lamo["mean"], lamo["n"]) == ("lamo", "50.0000", "3")
+    assert (lamo["method"], lamo["mean"], lamo["n"]) == ("LaMo", "50.0000", "3")
+    assert (lamo["scores"], lamo["best_single"]) == ("50.0000 60.0000 40.0000", "99.0000")
     assert float(bc["std"]) == pytest.approx(math.sqrt(1400 / 3), abs=1e-3)
-    for name in ("curves-hopper-0.01", "language-hopper-0.01"):
-        assert Image.open(out / f"{name}.png").width == 850
-        assert "<svg" in (out / f"{name}.svg").read_text()
+    for name in ("curves", "language"):
+        assert Image.open(out / f"{name}-hopper-lamo-hopper-medium-v0-0.01.png").width == 544
 
 
 def test_one_seed_and_missing_seeds_are_said(tmp_path):
@@ -71,7 +68,7 @@ def test_one_seed_and_missing_seeds_are_said(tmp_path):
         for seed in seeds:
             write_run(tmp_path, f"{method}-{seed}", rising(10.0 * seed), method, seed)
     runs, remarks = read_runs([tmp_path])
-    text = "\n".join(report.table(make_cells(runs, remarks), ["lamo", "dt", "bc"], {}))
+    text = "\n".join(report.table(make_cells(runs, remarks), ["LaMo", "DT", "BC"], {}))
     assert len(remarks) == 2
     assert "| **10.0 ± 10.0 (2 seeds)** | **10.0 ± 8.2** | **10.0 (1 seed)** |" in text
     assert [score for _, score in runs[0].curve] == [1, 2, 3, 4, 10]  # of the target that scored
@@ -80,19 +77,20 @@ def test_one_seed_and_missing_seeds_are_said(tmp_path):
 def test_runs_of_other_settings_have_a_column_of_their_own(tmp_path):
     early = {"lm": "assets/mini-lm-early.safetensors", "sha256": "3" * 64}
     columns = {  # in two seeds; no mean is over language models of one file name
-        "lamo": {},
-        "dt": {"method": "dt"},
-        "lamo, steps 4": {"steps": 4},
-        "lamo, mini-lm-early": early,
-        "lamo, x, weights 11111111": {"lm": "a/x.safetensors", "sha256": "1" * 64},
-        "lamo, x, weights 22222222": {"lm": "b/x.safetensors", "sha256": "2" * 64},
+        "LaMo": {},
+        "DT": {"method": "dt"},
+        "LaMo, steps 4": {"steps": 4},
+        "LaMo, mini-lm-early": early,
+        "LaMo, x, weights 11111111": {"lm": "a/x.safetensors", "sha256": "1" * 64},
+        "LaMo, x, weights 22222222": {"lm": "b/x.safetensors", "sha256": "2" * 64},
     }
     for i, other in enumerate(columns.values()):
         for seed in (0, 1):
             scores = [(10.0 * i, 0.0)] * (other.get("steps", STEPS) // EVERY)
+            other |= {"scale": 1.0, "newer": True} if seed else {"scale": 1}  # by newer code
             write_run(tmp_path, f"{i}-{seed}", scores, seed=seed, pretrained=True, **other)
     cells = make_cells(*read_runs([tmp_path]))
-    scores = {name: cell.scores.tolist() for (_, name), cell in cells.items()}
+    scores = {name: [run.score for run in cell] for (_, name), cell in cells.items()}
     assert scores == {name: [10.0 * i] * 2 for i, name in enumerate(columns)}
 
 
@@ -101,14 +99,14 @@ def test_a_ratio_is_a_row_and_so_is_a_dataset_and_both_are_drawn(tmp_path):
         for method in ("lamo", "dt", "wiki-rl", "bc", "lamo-full"):
             name = f"{method}-{ratio}"
             write_run(tmp_path / "runs", name, [(50, 40)], method, ratio=ratio, steps=EVERY)
-    notes = {"dataset": "/y/assets/minari/lamo/hopper/medium-1pct-v0, since x is not there"}
-    write_run(tmp_path / "runs", "other", rising(70.0), notes=notes)
+    write_run(tmp_path / "runs", "other", rising(70.0), dataset="lamo/hopper/medium-1pct-v0")
     call(report.main, tmp_path / "runs", "--out", tmp_path)
     rows = {(r["ratio"], r["dataset"]) for r in csv.DictReader((tmp_path / "report.csv").open())}
     ids = (("0.01", "medium-v0"), ("0.1", "medium-v0"), ("0.01", "medium-1pct-v0"))
     assert rows == {(ratio, f"lamo/hopper/{name}") for ratio, name in ids}
-    assert (tmp_path / "ratios.png").exists()
-    assert Image.open(tmp_path / "curves-hopper-0.01-2.png").height > 600  # two lines of panels
+    assert (tmp_path / "ratios-hopper-lamo-hopper-medium-v0.png").exists()
+    curves = Image.open(tmp_path / "curves-hopper-lamo-hopper-medium-v0-0.1.png")
+    assert curves.height > 450  # two lines of panels
 
 
 def test_what_cannot_be_counted_is_one_line_each_and_the_rest_is_reported(tmp_path, capsys):
@@ -120,15 +118,14 @@ def test_what_cannot_be_counted_is_one_line_each_and_the_rest_is_reported(tmp_pa
     (write_run(runs, "no-log", rising(1.0), "cql") / "log.jsonl").unlink()
     cut = write_run(runs, "cut", rising(1.0), "wiki-rl") / "log.jsonl"
     cut.write_text(cut.read_text()[:-40])
-    write_run(runs, "other-steps", rising(1.0)[:3], "wiki-rl", seed=1)
     (write_run(runs, "foreign", rising(1.0)) / "config.json").write_text('{"model": "resnet"}')
-    call(report.main, runs, runs, "--out", tmp_path / "report", "--no-figures")
+    call(report.main, runs, "--out", tmp_path / "report", "--no-figures")
     *odd, _ = capsys.readouterr().out.splitlines()
-    names = ("cut", "foreign", "going", "no-log", "other-steps", "good-0-again")
+    names = ("cut", "foreign", "going", "no-log", "good-0-again")
     for name, line in zip(names, odd, strict=True):
-        assert line.startswith(str(runs / name))
+        assert str(runs / name) in line
     text = (tmp_path / "report" / "report.md").read_text()
-    assert "**55.0 ± 5.0**" in text
+    assert "**55.0 ± 5.0 (2 seeds)**" in text
     assert all(f"- {line}" in text for line in odd)
 
 
@@ -167,26 +164,26 @@ def test_aggregates_are_over_rows_that_all_their_methods_have(tmp_path):
         if (env, method) != ("ant", "bc"):
             name = f"{env}-{method}-{seed}"
             write_run(tmp_path, name, rising(10.0 * seed), method, seed, env=env)
-    plain = {"environment": "X-v0; no reference returns, so scores are plain returns"}
-    write_run(tmp_path, "cartpole", rising(500.0), env="cartpole", notes=plain)
-    three, two = aggregate(make_cells(*read_runs([tmp_path])))
-    assert [row[0] for row in three[0]] == ["ant", "hopper", "walker2d"]
-    assert list(three[1]) == ["lamo", "dt"]
-    assert [row[0] for row in two[0]] == ["hopper", "walker2d"]
-    assert {name: value[0] for name, value in two[1].items()} == {"lamo": 5, "dt": 5, "bc": 5}
+    plain = "X-v0; no reference returns, so scores are plain returns"
+    write_run(tmp_path, "cartpole", rising(500.0), env="cartpole", note=plain)
+    three, two = aggregate(make_cells(*read_runs([tmp_path]))).items()
+    assert (three[0], list(three[1])) == ("ant 1 %, hopper 1 %, walker2d 1 %", ["LaMo", "DT"])
+    assert two[0] == "hopper 1 %, walker2d 1 %"
+    assert {name: value[0] for name, value in two[1].items()} == {"LaMo": 5, "DT": 5, "BC": 5}
 
 
-def test_the_committed_report_and_the_readmes_tables_are_of_the_records(tmp_path, monkeypatch):
-    monkeypatch.chdir(ROOT)
-    folders = [Path("results/bundled"), Path("results/ratios")]
-    call(report.main, *folders, "--no-figures", "--out", tmp_path)
-    kept = ROOT / "results" / "report"
-    assert (tmp_path / "report.csv").read_bytes() == (kept / "report.csv").read_bytes()
-    made = (tmp_path / "report.md").read_text().splitlines()
-    tables = [line for line in (kept / "report.md").read_text().splitlines() if "|" in line]
-    assert [line for line in made if "|" in line] == tables
-    text = (ROOT / "README.md").read_text().splitlines()
-    assert {line for line in text if "<br>*paper" in line} <= set(tables)
+def test_a_packed_study_gives_the_report_of_its_folders(tmp_path):
+    runs, study = tmp_path / "runs", tmp_path / "study.jsonl"
+    for seed, method in product((0, 1), ("lamo", "dt", "bc")):
+        write_run(runs, f"{method}-{seed}", rising(100 / (seed + 3)), method, seed)
+    (write_run(runs, "going", rising(1.0), seed=2) / "result.json").unlink()
+    call(report.main, runs, "--pack", study)
+    for source, out in ((runs, tmp_path / "a"), (study, tmp_path / "b")):
+        call(report.main, source, "--no-figures", "--out", out)
+    assert len(study.read_text().splitlines()) == 6
+    assert (tmp_path / "a/report.csv").read_bytes() == (tmp_path / "b/report.csv").read_bytes()
+    a, b = ((tmp_path / name / "report.md").read_text().splitlines() for name in "ab")
+    assert [line for line in a if "|" in line] == [line for line in b if "|" in line]
 
 
 def test_the_papers_figures_are_those_of_the_paper(shared):
@@ -197,4 +194,4 @@ def test_the_papers_figures_are_those_of_the_paper(shared):
         task = f"{row['task']}-{row['dataset']}" if row["task"] == "kitchen" else row["task"]
         ours = report.read_paper()[task, float(row["ratio"])]
         method = row["method"].replace("lamo-no-pretraining", "lamo-random")
-        assert ours[method] == f"{row['mean']} ± {row['std']}"
+        assert ours[report.NAMES.get(method, method)] == f"{row['mean']} ± {row['std']}"
