@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
-from runs import call
+from runs import ROOT, call
 
 from experiments import report
 from experiments.report import aggregate, iqm, make_cells, read_runs
@@ -184,6 +184,22 @@ def test_a_packed_study_gives_the_report_of_its_folders(tmp_path):
     assert (tmp_path / "a/report.csv").read_bytes() == (tmp_path / "b/report.csv").read_bytes()
     a, b = ((tmp_path / name / "report.md").read_text().splitlines() for name in "ab")
     assert [line for line in a if "|" in line] == [line for line in b if "|" in line]
+
+
+def test_docs_and_readme_have_the_figures_of_the_packed_studies():
+    runs, remarks = read_runs([ROOT / "results/bundled.jsonl", ROOT / "results/ratios.jsonl"])
+    cells, paper = make_cells(runs, remarks), report.read_paper()
+    names = sorted({name for _, name in cells}, key=report.place_of)
+    made = [line for line in report.tables(cells, names, {}, paper) if line.startswith("|")]
+    assert remarks == []
+    assert set(made) <= set((ROOT / "docs/results.md").read_text().splitlines())
+    readme = (ROOT / "README.md").read_text().replace("*", "")
+    for row in (row for row, name in cells if name == "BC"):  # the bundled data
+        texts = [report.title(row)]
+        texts += [report.cell_text(cells[row, n]) for n in ("LaMo", "lamo-random", "DT", "BC")]
+        texts += [f"{cells[row, 'BC'][0].data_score:.1f}"]
+        texts += [paper[row[:2]][name] for name in ("LaMo", "DT")]
+        assert f"| {' | '.join(texts)} |" in readme
 
 
 def test_the_papers_figures_are_those_of_the_paper(shared):
