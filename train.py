@@ -301,9 +301,10 @@ def begin_run(c, run, model):
     where = {"cwd": Path(__file__).parent, "shell": True, "capture_output": True, "text": True}
     commit = subprocess.run("git describe --always --dirty", **where).stdout.strip() or None
     versions = {p: version(p) for p in ("torch", "numpy", "gymnasium", "mujoco", "minari")}
-    machine = {"machine": platform.machine(), "threads": torch.get_num_threads()}
+    found = {"commit": commit, "versions": versions}
+    found["machine"] = [platform.machine(), torch.get_num_threads()]
     kept = {key: x for key, x in run.items() if not torch.is_tensor(x)}
-    write_json(folder / "config.json", kept | {"commit": commit, "versions": versions} | machine)
+    write_json(folder / "config.json", kept | found)
     return folder
 
 
