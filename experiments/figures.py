@@ -16,7 +16,7 @@ from utils import write_atomically
 COLUMN, DPI = 3.4, 160  # inches, a column's width; dots an inch
 # Okabe and Ito's, then Paul Tol's, which colour-blind readers tell apart
 COLOURS = ["#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#9A9A9A"]
-COLOURS += ["#332288", "#117733", "#882255", "#4477AA", "#AA4499", "#8C6D31", "#44AA99", "#CC6677"]
+COLOURS += ["#332288", "#117733", "#882255", "#AA4499", "#4477AA", "#8C6D31", "#44AA99", "#CC6677"]
 STYLE = {"font.size": 8, "axes.titlesize": 8, "legend.fontsize": 7, "figure.titlesize": 8}
 STYLE |= {"axes.spines.top": False, "axes.spines.right": False, "axes.grid": True}
 STYLE |= {"grid.alpha": 0.3, "grid.linewidth": 0.5, "lines.linewidth": 1.3, "lines.markersize": 3.5}
