@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from model import GPT, GPTConfig
+from model import ACTIVATIONS, GPT, GPTConfig
 from utils import UserError, choose, fetch, is_cached, network_available, reading, write_atomically
 
 MINI = Path(__file__).parent / "assets" / "mini-lm.safetensors"  # made by experiments/pretrain.py
@@ -26,6 +26,7 @@ LANGUAGE_MODELS = {  # name: (repository on the hub or file, sizes of Radford et
     "dt": (None, GPTConfig(3, 1, 128, vocab_size=257)),  # a shape alone, the paper's for DT
 }
 WEIGHTS = "model.safetensors"  # the file's name in each repository
+SAME = {"gelu_pytorch_tanh": "gelu_new", "gelu_fast": "gelu_new", "swish": "silu"}  # functions
 CONV1D = ("c_attn.weight", "c_proj.weight", "c_fc.weight")  # stored transposed
 
 
@@ -62,15 +63,13 @@ def read_tensors(path):
         return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
 
 
-def read_config(path, tensors, metadata):
-    """The GPTConfig of a weights file.
+def read_config(path, tensors, said):
+    """The GPTConfig of a weights file. said: its config, as transformers or save_gpt2 wrote it.
 
-    The number of heads leaves no trace in the tensors. It is read from the file's own metadata, a
-    config.json beside it, or, for OpenAI's widths, the published sizes; else it is a UserError.
+    The number of heads leaves no trace in the tensors. It is read from there or, for OpenAI's
+    widths, from the published sizes; else it is a UserError.
     """
-    beside = path.parent / "config.json"
-    text = metadata.get("config") or (beside.read_text() if beside.is_file() else "{}")
-    said, (vocab_size, n_embd) = json.loads(text), tensors["wte.weight"].shape
+    vocab_size, n_embd = tensors["wte.weight"].shape
     published = {c.n_embd: c.n_head for repository, c in LANGUAGE_MODELS.values() if repository}
     n_head = said.get("n_head") or published.get(n_embd)
     if n_head is None:
@@ -79,8 +78,27 @@ def read_config(path, tensors, metadata):
         raise ValueError(f"its n_head {n_head} does not divide its n_embd {n_embd}")
     layers = {key.split(".")[1] for key in tensors if key.startswith("h.")}
     visual = said.get("visual") is True or said.get("model_type") == "imagegpt"
+    usual = "quick_gelu" if visual else "gelu_new"
+    activation = said.get("activation") or said.get("activation_function") or usual
+    activation = SAME.get(activation, activation)
+    options = {"visual": visual, "activation": choose("activation", activation, ACTIVATIONS)}
+    for name, value in {"n_inner": 4 * n_embd, "add_cross_attention": False}.items():
+        if said.get(name) not in (None, value):
+            raise UserError(f"{path}: its {name} is {said[name]}, and only {value} can be loaded")
+    options["norm_eps"] = said.get("norm_eps") or said.get("layer_norm_epsilon") or 1e-5
     block_size = len(tensors["wpe.weight"])
-    return GPTConfig(len(layers), n_head, n_embd, vocab_size, block_size, visual=visual)
+    return GPTConfig(len(layers), n_head, n_embd, vocab_size, block_size, **options)
+
+
+def scale_queries(tensors, said, config):
+    """Put how a file's config scales attention (Mistral's GPT-2s do so by layer) into the weights
+    of the queries, in place: the products with the keys are then GPT-2's own."""
+    for i in range(config.n_layer):
+        scale = 1 / (i + 1) if said.get("scale_attn_by_inverse_layer_idx") else 1.0
+        if not said.get("scale_attn_weights", True):
+            scale *= (config.n_embd / config.n_head) ** 0.5
+        for kind in ("weight", "bias"):
+            tensors[f"h.{i}.attn.c_attn.{kind}"][..., : config.n_embd] *= scale
 
 
 def load_gpt2(name, dropout=0.1):
@@ -93,7 +111,10 @@ def load_gpt2(name, dropout=0.1):
     with reading(path, "the weights of a GPT-2"):
         tensors, metadata = read_tensors(path)
         tensors = {key.removeprefix("transformer."): x.float() for key, x in tensors.items()}
-        config = read_config(path, tensors, metadata)
+        beside = path.parent / "config.json"
+        text = metadata.get("config") or (beside.read_text() if beside.is_file() else "{}")
+        config = read_config(path, tensors, said := json.loads(text))
+        scale_queries(tensors, said, config)
         # The head is tied, so a file may hold wte twice; ImageGPT's, over pixels, is not used.
         head = tensors.pop("lm_head.weight", tensors["wte.weight"])
         if not config.visual and not torch.equal(head, tensors["wte.weight"]):

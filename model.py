@@ -13,6 +13,7 @@ environment's time step, so what stands behind a token cannot change it. Only th
 
 import math
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn as nn
@@ -22,6 +23,13 @@ BINS = 512  # of each number, for the embedding `tokens` (section 5 of the paper
 MU, LARGEST = 100, 1e5  # numbers up to LARGEST have bins, those around 0 the narrowest
 SPAN = math.log(MU * LARGEST + 1)
 ZERO = {50257: 15, 257: 48}  # the token "0" of each vocabulary; "1" to "9" follow it
+ACTIVATIONS = {  # of the MLP, by transformers' names; GPT-2's is the first
+    "gelu_new": partial(F.gelu, approximate="tanh"),
+    "gelu": F.gelu,
+    "relu": F.relu,
+    "silu": F.silu,
+    "quick_gelu": lambda x: x * (1.702 * x).sigmoid(),  # ImageGPT's
+}
 
 
 # --- GPT-2 ---------------------------------------------------------------------------------------
@@ -35,12 +43,14 @@ class GPTConfig:
     vocab_size: int = 50257  # V, GPT-2's byte-pair vocabulary; 257 for bytes
     block_size: int = 1024  # positions wpe knows
     dropout: float = 0.1  # on embeddings, attention weights and residual branches
-    visual: bool = False  # ImageGPT (Chen et al. 2020): its own norm and activation; words: pixels
+    visual: bool = False  # ImageGPT (Chen et al. 2020): a norm of its own; its words are pixels
+    activation: str = "gelu_new"  # a row of ACTIVATIONS
+    norm_eps: float = 1e-5  # added to the variance in every norm
 
 
 def norm(config):
     """A LayerNorm; ImageGPT's neither centres nor shifts."""
-    return (nn.RMSNorm if config.visual else nn.LayerNorm)(config.n_embd, eps=1e-5)
+    return (nn.RMSNorm if config.visual else nn.LayerNorm)(config.n_embd, eps=config.norm_eps)
 
 
 def attend(q, k, v, p):
@@ -83,12 +93,10 @@ class MLP(nn.Module):
         super().__init__()
         self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd)
         self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd)
-        self.visual = config.visual
+        self.activation = ACTIVATIONS[config.activation]
 
     def forward(self, x):
-        h = self.c_fc(x)  # (B, T, 4 C)
-        h = h * (1.702 * h).sigmoid() if self.visual else F.gelu(h, approximate="tanh")
-        return self.c_proj(h)
+        return self.c_proj(self.activation(self.c_fc(x)))  # 4 C wide in between
 
 
 class Block(nn.Module):

@@ -70,6 +70,43 @@ def test_logits_loss_and_gradients_equal_transformers(tmp_path, kind):
         assert (parameter.grad - gradient).abs().max() < 1e-4, name
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"scale_attn_by_inverse_layer_idx": True, "reorder_and_upcast_attn": True},
+        {"scale_attn_weights": False},
+        {"activation_function": "relu", "layer_norm_epsilon": 1e-3},
+        {"activation_function": "gelu", "n_inner": 192},
+        {"activation_function": "gelu_fast"},
+    ],
+)
+def test_options_that_change_the_function_are_honoured(options, tmp_path):
+    config = GPT2Config(**SIZES, **options, initializer_range=0.2, attn_implementation="eager")
+    theirs = randomised(GPT2LMHeadModel(config))
+    theirs.save_pretrained(tmp_path)
+    tokens = torch.randint(101, (2, 33))
+    ours = load_gpt2(str(tmp_path)).eval()
+    assert (ours(tokens) - theirs(tokens).logits).abs().max() < 1e-4
+    save_gpt2(ours, tmp_path / "again.safetensors", {})
+    again = load_gpt2(str(tmp_path / "again.safetensors")).eval()
+    assert torch.equal(again(tokens), ours(tokens))
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "says"),
+    [
+        ("activation_function", "tanh", "tanh"),
+        ("n_inner", 50, "n_inner"),
+        ("add_cross_attention", True, "add_cross_attention"),
+        ("tie_word_embeddings", False, "tied"),
+    ],
+)
+def test_options_that_cannot_be_honoured_are_named(option, value, says, tmp_path):
+    GPT2LMHeadModel(GPT2Config(**SIZES, **{option: value})).save_pretrained(tmp_path)
+    with refused(match=says):
+        load_gpt2(str(tmp_path))
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_saved_weights_are_read_by_us_and_by_transformers(tmp_path, dtype):
     gpt = randomised(GPT(SMALL))
