@@ -222,7 +222,8 @@ def load_trajectories(
     act, rtg, reward, terminated, timestep, end = map(np.concatenate, zip(*rows, strict=True))
     returns, mean, std = np.array(returns), np.zeros(0), np.zeros(0)
     if not frames:
-        mean, std = obs.mean(0, np.float64), obs.std(0, np.float64) + 1e-6
+        mean, std = obs.mean(0, np.float64), obs.std(0, np.float64)
+        std = np.where(std < 1e-6, 1.0, std + 1e-6)  # what never varies is not scaled
         obs, last_obs = (((x - mean) / std).astype(np.float32) for x in (obs, last_obs))
     if not scale:
         largest = np.abs(returns).max()

@@ -26,8 +26,10 @@ from utils import UserError, choose
 
 STACK = 4  # frames in a state, where observations are pictures (Mnih et al. 2015)
 FRAME = 84  # rows and columns of a frame (Mnih et al. 2015, doi 10.1038/nature14236)
-SMALLEST_PICTURE = 32  # rows and columns; smaller arrays of bytes count as vectors, as in Minari
-LONGEST_VECTOR = 10_000  # numbers of a flat observation; more is no vector by intention
+SMALLEST_PICTURE = 32  # rows and columns; smaller arrays count as vectors, as in Minari
+LONGEST_VECTOR = 10_000  # numbers of a flat array; more is no vector by intention
+REPLAYED = 1000  # steps of an episode that are done again at most, to compare environment and data
+STATISTICS = ("NormalizeObservation", "NormalizeReward")  # wrappers whose state no dataset holds
 GOAL_DISTANCE = 0.3  # below this a kitchen's sub-task is complete (gymnasium-robotics)
 QUALITIES = ("simple", "medium", "expert")  # of Minari's MuJoCo datasets
 
@@ -192,6 +194,10 @@ def find_environment(task, dataset):
     says how the environment was set up. Raises UserError if the data are not of this environment.
     """
     name = dataset.spec.dataset_id
+    for wrapper in dataset.env_spec.additional_wrappers if dataset.env_spec else ():
+        if wrapper.name in STATISTICS:
+            what = f"dataset {name} was recorded under {wrapper.name}, whose state it does not hold"
+            raise UserError(f"{what}; record it without, since observations are normalised here")
     recorded = dataset._eval_env_spec or dataset.env_spec  # Minari has no public name for the first
     if recorded is None and task.env_id is None:
         raise UserError(f"dataset {name} does not say its environment; name a task: --env NAME")
@@ -218,6 +224,37 @@ def find_environment(task, dataset):
     env.close()
     spaces_used = dataset.observation_space, env.action_space
     return Environment(env.spec, *spaces_used, random, expert), note
+
+
+def replay(environment, dataset, longest, task):
+    """Do the actions of a dataset's first episode again, from its seed, and compare; longest: steps
+    of the longest episode in use. Returns the Environment, its limit raised if the data's episodes
+    are longer, and a line on what was found."""
+    spec, note = copy.deepcopy(environment.spec), ""
+    if spec.max_episode_steps and spec.max_episode_steps < longest and not task.evaluated:
+        note = f"limit {longest} steps, as the data's longest, not {spec.max_episode_steps}; "
+        spec.max_episode_steps = longest
+    environment, index = replace(environment, spec=spec), dataset.episode_indices[:1]
+    space = environment.observation_space
+    seed = next(iter(dataset.storage.get_episode_metadata(index))).get("seed")
+    if seed is None or is_picture(space):
+        return environment, note + "not compared: no seed is recorded, or observations are pictures"
+    env, episode, again = make_env(spec), dataset[index[0]], 0.0
+    first = flatten(space, env.reset(seed=int(seed))[0])
+    if not np.allclose(first, flatten(space, episode.observations)[0], atol=1e-3):
+        note += "CAREFUL: from the seed of episode 0 it does not begin as the data do"
+        return environment, note
+    earned = (task.rewards(episode.observations) if task.rewards else episode.rewards)[:REPLAYED]
+    for action in episode.actions[:REPLAYED]:
+        _, reward, terminated, truncated, _ = env.step(action)
+        again += reward
+        if terminated or truncated:
+            break
+    env.close()
+    if abs(again - earned.sum()) <= 0.01 * max(1.0, abs(earned.sum())):
+        return environment, f"{note}episode 0 of the data earns the same again"
+    careful = f"CAREFUL: episode 0 earns {again:.2f} again, not {earned.sum():.2f} as recorded"
+    return environment, note + careful
 
 
 def fits(data, own):
@@ -253,11 +290,12 @@ def unpack(packed):
 
 
 def is_picture(space):
-    """Whether observations are pictures: bytes (H, W), (H, W, 1) or (H, W, 3)."""
+    """Whether observations are pictures: bytes (H, W), (H, W, 1 or 3) or (1 or 3, H, W)."""
     if not isinstance(space, spaces.Box) or space.dtype != np.uint8:
         return False
-    *size, channels = (*space.shape, 1) if len(space.shape) == 2 else space.shape
-    return len(size) == 2 and channels in (1, 3) and min(size) >= SMALLEST_PICTURE
+    sizes = [n for n in space.shape if n >= SMALLEST_PICTURE]
+    layouts = sizes, [*sizes, 1], [*sizes, 3], [1, *sizes], [3, *sizes]
+    return len(sizes) == 2 and list(space.shape) in layouts
 
 
 @cache
@@ -270,9 +308,11 @@ def area_weights(size):
 
 
 def shrink(pictures):
-    """Pictures (n, H, W), (n, H, W, 1) or (n, H, W, 3) -> frames (n, 84, 84), bytes: luma (ITU-R
-    BT.601), pixels averaged by area."""
+    """Pictures (n, H, W), (n, H, W, 1 or 3) or (n, 1 or 3, H, W) -> frames (n, 84, 84), bytes: luma
+    (ITU-R BT.601), pixels averaged by area."""
     x = torch.as_tensor(pictures)
+    if x.dim() == 4 and x.shape[1] in (1, 3):
+        x = x.movedim(1, -1)
     if x.shape[-1] == 3:
         x = (x.float() @ torch.tensor([299.0, 587.0, 114.0]) / 1000).round()
     x = (x[..., 0] if x.shape[-1] == 1 else x).float()
@@ -295,6 +335,10 @@ def flatten(space, values):
         return (values[..., None] == space.start + np.arange(space.n)).astype(np.float32)
     if not isinstance(space, spaces.Box | spaces.MultiBinary):
         raise UserError(f"observations with {space} in them cannot be learnt from")
+    large = sum(n >= SMALLEST_PICTURE for n in space.shape) > 1  # two sides or more
+    if large and (space.dtype == np.uint8 or math.prod(space.shape) > LONGEST_VECTOR):
+        what = "bytes (H, W), (H, W, 1 or 3) or (1 or 3, H, W), and nothing beside them"
+        raise UserError(f"observations {space} are no vector; pictures must be {what}")
     return values.reshape(*values.shape[: values.ndim - len(space.shape)], -1)
 
 
@@ -302,11 +346,7 @@ def observation_shape(space):
     """Shape of an observation as the model reads it: (O,), or (4, 84, 84) where it is pictures."""
     if is_picture(space):
         return (STACK, FRAME, FRAME)
-    (size,) = flatten(space, space.sample()).shape
-    if size > LONGEST_VECTOR:
-        what = "pictures must be bytes (H, W), (H, W, 1) or (H, W, 3)"
-        raise UserError(f"observations {space} are {size} numbers, too many for a vector; {what}")
-    return (size,)
+    return flatten(space, space.sample()).shape
 
 
 def is_choice(space):

@@ -37,7 +37,7 @@ from evaluate import final_result, rollout
 from load_gpt2 import choose_lm, find_weights, make_gpt
 from lora import inject_lora, mark_trainable, round_frozen
 from model import EMBEDDINGS, ZERO, LaMo, Objective
-from tasks import TASKS, find_environment, find_task, pack, task_of_dataset, unpack
+from tasks import TASKS, find_environment, find_task, pack, replay, task_of_dataset, unpack
 from utils import UserError, choose, choose_device, reading, write_json
 
 FORMAT = "lamo-checkpoint-3"  # what a checkpoint says it is; a change of layout changes it
@@ -404,6 +404,7 @@ def prepare(c, task, notes, folder, saved, device):
     environment, notes["environment"] = find_environment(task, dataset)
     subset = {"ratio": c.ratio / share, "mode": c.mode, "seed": c.seed, "rewards": task.rewards}
     data = load_trajectories(dataset, environment.action_space, c.scale, device=device, **subset)
+    environment, notes["replay"] = replay(environment, dataset, int(data.lengths.max()), task)
     complete_settings(c, data, environment)
     if saved:
         (model, _), base = load_policy(folder / "ckpt.pt", saved), saved["base"]

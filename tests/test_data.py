@@ -80,8 +80,9 @@ def test_windows_of_a_dataset_hold_what_its_episodes_say(rewards, mode, context,
     episodes = [random_episode(rng, len(r), r) for r in rewards]
     flat = load_trajectories(make_dataset(episodes), ACT, scale=10.0, mode=mode)
     before = np.concatenate([e.observations[:-1] for e in episodes]).astype(np.float64)
+    std = before.std(0) + 1e-6 if len(before) > 1 else np.ones(3)  # what never varies is unscaled
     np.testing.assert_allclose(flat.obs_mean, before.mean(0), atol=1e-5)
-    np.testing.assert_allclose(flat.obs_std, before.std(0) + 1e-6, rtol=1e-5)
+    np.testing.assert_allclose(flat.obs_std, std, rtol=1e-5)
     np.testing.assert_allclose(flat.returns, [sum(r) for r in rewards], atol=1e-9)
     assert flat.lengths.tolist() == [len(r) for r in rewards]
     last = torch.tensor(np.stack([e.observations[-1] for e in episodes])) - flat.obs_mean
@@ -97,10 +98,22 @@ def test_windows_of_a_dataset_hold_what_its_episodes_say(rewards, mode, context,
         for k in range(min(context, T - first)):
             t = first + k
             assert rtg[b, k, 0].item() == pytest.approx(sum(earned[t:]) / 10, rel=1e-4, abs=1e-4)
-            seen = (episodes[e].observations[t] - before.mean(0)) / (before.std(0) + 1e-6)
+            seen = (episodes[e].observations[t] - before.mean(0)) / std
             np.testing.assert_allclose(obs[b, k], seen, atol=1e-4, rtol=1e-4)
             np.testing.assert_array_equal(act[b, k], episodes[e].actions[t])
             assert timestep[b, k] == t
+
+
+def test_a_number_that_never_varies_is_centred_and_unscaled():
+    """A goal or a task's id: 0.01 beside it, in evaluation, must not become 10,000."""
+    episode = random_episode(np.random.default_rng(0), 9)
+    episode.observations[:, 1] = 0.3
+    flat = load_trajectories(make_dataset([episode]), ACT)
+    assert flat.obs_mean[1].item() == pytest.approx(0.3)
+    assert flat.obs_std[1].item() == 1
+    assert flat.obs[:, 1].abs().max() < 1e-6
+    expected = episode.observations[:-1, [0, 2]].std(0) + 1e-6
+    np.testing.assert_allclose(flat.obs_std[[0, 2]], expected, rtol=1e-5)
 
 
 @pytest.mark.parametrize(("ratio", "kept"), [(1.0, 5), (0.99, 4), (0.4, 2), (0.01, 1), (0.6, 3)])

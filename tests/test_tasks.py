@@ -22,7 +22,7 @@ import tasks
 from data import find_dataset, load_trajectories
 from evaluate import rollout
 from model import GPT, GPTConfig, LaMo
-from tasks import TASKS, Task, find_environment, find_task, flatten, make_env, shrink
+from tasks import TASKS, Task, find_environment, find_task, flatten, make_env, replay, shrink
 from utils import UserError
 
 refused = partial(pytest.raises, UserError)
@@ -55,7 +55,8 @@ def record(env, name=None, **how):
     space, ends = env.observation_space, np.arange(len(rewards)) == len(rewards) - 1
     seen = concatenate(space, seen, create_empty_array(space, len(seen)))
     ends = dict(terminations=ends & terminated, truncations=ends & truncated)
-    buffer = EpisodeBuffer(observations=seen, actions=np.array(actions), rewards=rewards, **ends)
+    ends |= dict(observations=seen, actions=np.array(actions), rewards=rewards)
+    buffer = EpisodeBuffer(seed=0, **ends)
     name = name or f"test/recorded-v{next(VERSION)}"
     return minari.create_dataset_from_buffers(name, [buffer], env=env.spec, **how)
 
@@ -127,6 +128,33 @@ def test_a_dataset_without_a_row_brings_its_own_environment():
     environment, _ = find_environment(Task(), made)
     assert environment.score(260.0) == 50
     assert environment.sizes() == ((4,), 2, True)
+
+
+def test_an_episode_replayed_tells_whether_the_environment_is_the_datas():
+    env = gym.make("Pendulum-v1")
+    made = record(env)
+    environment, _ = find_environment(Task(), made)
+    same, note = replay(environment, made, 200, Task())
+    assert same == environment
+    assert "CAREFUL" not in note
+    heavier = gym.make("Pendulum-v1", g=15.0).spec
+    _, note = replay(tasks.replace(environment, spec=heavier), made, 200, Task())
+    returns = made[0].rewards.sum()
+    assert f"{returns:.2f}" in note.partition("CAREFUL")[2]
+    env.spec.max_episode_steps = 100  # a record that is wrong: the episode has 200 steps
+    made = record(env)
+    environment, _ = find_environment(Task(), made)
+    assert environment.spec.max_episode_steps == 100
+    longer, note = replay(environment, made, 200, Task())
+    assert longer.spec.max_episode_steps == 200
+    assert "100" in note
+
+
+@pytest.mark.parametrize("wrapper", ["NormalizeObservation", "NormalizeReward"])
+def test_data_recorded_under_running_statistics_are_refused(wrapper):
+    made = record(getattr(gym.wrappers, wrapper)(gym.make("Pendulum-v1")))
+    with refused(match=wrapper):
+        find_environment(Task(), made)
 
 
 def anonymous(size, action_space):
@@ -279,12 +307,14 @@ def test_what_counts_as_a_picture_and_what_cannot_be_learnt_from():
         return gs.Box(0, 1, shape, dtype)
 
     assert tasks.is_picture(box(210, 160, 3))
-    assert tasks.is_picture(box(84, 84))
+    for shape in ((84, 84), (1, 84, 84), (3, 48, 64), (96, 96, 1)):
+        assert tasks.is_picture(box(*shape))
     for shape in ((128,), (7, 7, 3)):  # Atari's memory, and MiniGrid's view
         assert not tasks.is_picture(box(*shape))
         assert tasks.observation_shape(box(*shape)) == (np.prod(shape),)
     assert not tasks.is_picture(box(84, 84, 3, dtype=np.float32))
-    for space in (gs.Text(5), gs.Dict({"say": gs.Text(3)}), box(4, 84, 84)):
+    beside = gs.Dict({"image": box(48, 48, 3), "speed": gs.Box(-1, 1, (2,))})
+    for space in (gs.Text(5), gs.Dict({"say": gs.Text(3)}), box(4, 84, 84), box(48, 48, 4), beside):
         with refused():
             tasks.observation_shape(space)
     for space in (gs.MultiDiscrete([2, 3]), gs.Dict({}), gs.Box(0, 5, (2,), np.int64)):
@@ -307,6 +337,8 @@ def test_frames_are_the_area_average_of_luma(size):
         np.testing.assert_array_equal(shrink(picture[None])[0], frame)  # alone as in a batch
     np.testing.assert_array_equal(shrink(frames), frames)  # small and grey already
     np.testing.assert_array_equal(shrink(frames[..., None]), frames)
+    np.testing.assert_array_equal(shrink(frames[:, None]), frames)
+    np.testing.assert_array_equal(shrink(np.moveaxis(pictures, -1, 1)), shrink(pictures))
 
 
 @given(
