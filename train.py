@@ -17,7 +17,7 @@ import subprocess
 import time
 import zipfile
 from dataclasses import dataclass
-from datetime import timedelta
+from datetime import datetime, timedelta
 from importlib.metadata import version
 from pathlib import Path
 from typing import Literal
@@ -34,7 +34,7 @@ from tqdm import tqdm
 import utils
 from data import find_dataset, load_text, load_trajectories, sample_text, sample_windows
 from evaluate import final_result, rollout
-from load_gpt2 import choose_lm, find_weights, make_gpt
+from load_gpt2 import LANGUAGE_MODELS, choose_lm, find_weights, make_gpt
 from lora import inject_lora, mark_trainable, round_frozen
 from model import EMBEDDINGS, ZERO, LaMo, Objective
 from tasks import TASKS, find_environment, find_task, pack, replay, task_of_dataset, unpack
@@ -138,6 +138,9 @@ def choose_settings(c, notes):
     """Fill in, in place, what is known before the data are read; say in notes what was chosen, and
     why. Returns the task's row. Raises UserError."""
     method = METHODS[choose("method", c.method, METHODS, " (others: experiments.baselines)")]
+    for name in ("dataset", "lm", "corpus"):  # paths stay right from another folder
+        if getattr(c, name) not in (None, *LANGUAGE_MODELS) and Path(getattr(c, name)).exists():
+            setattr(c, name, str(Path(getattr(c, name)).resolve()))
     env, task = task_of_dataset(c.dataset) if c.dataset else (None, None)
     if task is None or c.env not in (None, env):  # --env names another task: it wins
         env, task = find_task(c.env or "hopper")
@@ -286,7 +289,7 @@ def describe(c, notes, data, environment):
 
 def begin_run(c, run, model):
     """Make the run's folder, print what will be done, write it to config.json. Returns a Path."""
-    name = f"{c.env}-{c.method}-{c.ratio:g}-s{c.seed}-{time.strftime('%Y%m%d-%H%M%S')}"
+    name = f"{c.env}-{c.method}-{c.ratio:g}-s{c.seed}-{datetime.now():%Y%m%d-%H%M%S-%f}"
     folder = Path(c.out) / (c.name or name.replace("/", "-").strip("-."))
     try:
         folder.mkdir(parents=True)
@@ -416,7 +419,7 @@ def prepare(c, task, notes, folder, saved, device):
     if c.similarity and not saved:  # to the words as they are before training
         centres = word_centres(model.gpt.wte.weight)
     run = describe(c, notes, data, environment) | {"base": base, "centres": centres}
-    run |= {"format": FORMAT, "dataset": str(Path(dataset.spec.data_path).parent)}
+    run |= {"format": FORMAT, "dataset": str(Path(dataset.spec.data_path).parent.resolve())}
     run["data"]["text"] = Path(tokens.filename).name if c.lm_coef else None  # its hash is in it
     if saved and run["data"] != saved["data"]:
         raise UserError(f"{folder} was begun on other data or another text; begin anew")

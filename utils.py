@@ -24,6 +24,8 @@ def run_command(main):
     if sys.platform == "linux":  # keep freed memory: GPT-2 small's step takes 1.4 times without
         ctypes.CDLL(None).mallopt(-3, 2**30)  # M_MMAP_THRESHOLD
         ctypes.CDLL(None).mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="replace")  # a log in ASCII gets "?" for "±"
     try:
         main()
     except KeyboardInterrupt:

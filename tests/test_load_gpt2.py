@@ -44,7 +44,8 @@ def test_logits_loss_and_gradients_equal_transformers(tmp_path, kind):
     theirs, name = randomised(GPT2LMHeadModel(GPT2Config(**sizes))), tmp_path
     theirs.save_pretrained(tmp_path)
     if kind == "bin":
-        torch.save(theirs.state_dict(), tmp_path / "pytorch_model.bin")
+        views = {k: x.t().contiguous().t() for k, x in theirs.state_dict().items() if x.dim() == 2}
+        torch.save(theirs.state_dict() | views, tmp_path / "pytorch_model.bin")
         (tmp_path / WEIGHTS).unlink()
     elif kind == "a file alone":
         name = tmp_path / WEIGHTS
