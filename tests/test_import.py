@@ -108,7 +108,7 @@ def write_dqn(folder, number, pieces, n_actions=4):
 
 @pytest.mark.parametrize("at_a_time", [4, 4096])
 def test_dqn_replay_comes_back_as_it_was(tmp_path, home, monkeypatch, at_a_time):
-    monkeypatch.setattr("experiments.import_data.AT_A_TIME", at_a_time)
+    monkeypatch.setattr(collect, "AT_A_TIME", at_a_time)
     pieces = [(3, True, True), (4, True, True), (2, True, False)]  # the last goes on in the next
     first = write_dqn(tmp_path / "logs", 2, pieces)
     pieces = [(5, False, True), (1, True, True), (2, True, True)]
