@@ -4,10 +4,9 @@
     torchrun --nproc_per_node=8 -m experiments.pretrain --size gpt2 ...
     python -m experiments.pretrain --resume mini-lm.state.pt
 
-A plain loop: random blocks, AdamW, linear warm-up, cosine decay. Quality on the held-out text is
-given as perplexity and in bits per byte, which compares across vocabularies. The result is an
-`--lm PATH` for train.py. Beside it stand its log (.jsonl), a plot of that (.png), and, until the
-last step is done, what --resume goes on from (.state.pt).
+Random blocks, AdamW, linear warm-up, cosine decay. Quality on the held-out text is perplexity and
+bits per byte, which compare across vocabularies. The result is an `--lm PATH` for train.py. Beside
+it stand its log (.jsonl), a plot of that (.png) and, until the last step, the state (.state.pt).
 
 The paper asks what of pre-training helps control (its Figure 7): a model stopped early takes fewer
 `--steps`, and one of a random corpus learns with `--shuffle-words`, the same words in no order.
@@ -36,7 +35,7 @@ from utils import StopSignals, UserError, choose, choose_device, run_command, wr
 
 LR = {"mini": 1.5e-3, "distilgpt2": 6e-4, "gpt2": 6e-4, "gpt2-medium": 3e-4}  # peaks; those of
 LR |= {"gpt2-large": 2.5e-4, "gpt2-xl": 2e-4}  # GPT-2's sizes by Brown et al. 2020, table 2.1
-FORMAT = "lamo-pretraining-3"  # what a .state.pt says it is
+FORMAT = "lamo-pretraining-4"  # what a .state.pt says it is
 
 
 @dataclass
@@ -62,14 +61,8 @@ class Config:
     warmup: int = 100  # steps of linear warm-up; then a cosine down to a tenth
     clip: float = 1.0  # the gradient's norm is clipped here
     eval_every: int = 300  # steps between looks at the held-out text, and savings
-    log_every: int = 25  # steps between figures on the bar
     seed: int = 0  # of initialisation and sampling
     device: str | None = None  # cuda or cpu; None: cuda if there is one
-
-
-def bits_per_byte(loss, n_tokens, n_bytes):
-    """A text's mean cross-entropy in nats a token, as bits a UTF-8 byte: one for any vocabulary."""
-    return loss * n_tokens / n_bytes / math.log(2)
 
 
 def word_starts(encoding):
@@ -87,21 +80,6 @@ def shuffle_words(tokens, starts, generator):
     word = starts[tokens].long().cumsum(1)  # (b, L): which word of its row a token belongs to
     place = torch.rand(word.shape[0], word.shape[1] + 1, generator=generator).gather(1, word)
     return tokens.gather(1, place.argsort(dim=1, stable=True))
-
-
-def complete(c):
-    """Fill in the shape and the learning rate, in place. Raises UserError for what cannot be."""
-    shape = LANGUAGE_MODELS[choose("size", c.size, LR)][1]
-    train.fill(c, vars(shape) | {"lr": LR[c.size]})
-    if not (c.text and c.heldout and c.out and c.out.endswith(".safetensors")):
-        raise UserError("--text, --heldout and --out FILE.safetensors are needed; see --help")
-    for name in ("steps", "batch", "micro_batch", "warmup", "eval_every", "log_every"):
-        if getattr(c, name) < 1:
-            raise UserError(f"--{name} is {getattr(c, name)}, but must be at least 1")
-    if c.n_embd % c.n_head:
-        raise UserError(f"--n-embd {c.n_embd} is not a multiple of --n-head {c.n_head}")
-    for name in ("text", "heldout"):  # --resume may be called elsewhere
-        setattr(c, name, [str(Path(path).absolute()) for path in getattr(c, name)])
 
 
 def plot(log, path):
@@ -133,16 +111,18 @@ def main():
         saved = train.read_checkpoint(path, FORMAT)
         c = Config(**saved["settings"])
         c.out = path.removesuffix(".state.pt") + ".safetensors"  # the folder may have moved
-    complete(c)
+    train.fill(c, vars(LANGUAGE_MODELS[choose("size", c.size, LR)][1]) | {"lr": LR[c.size]})
+    if not (c.text and c.heldout and c.out and c.out.endswith(".safetensors")):
+        raise UserError("--text, --heldout and --out FILE.safetensors are needed; see --help")
+    if c.n_embd % c.n_head:
+        raise UserError(f"--n-embd {c.n_embd} is not a multiple of --n-head {c.n_head}")
+    for name in ("text", "heldout"):  # --resume may be called elsewhere
+        setattr(c, name, [str(Path(path).absolute()) for path in getattr(c, name)])
     if c.batch % world:
         raise UserError(f"--batch {c.batch} cannot be shared by {world} processes")
     out, state_path = Path(c.out), Path(c.out).with_suffix(".state.pt")
     encoding = get_encoding(c.vocab_size)
-    if rank > 0:
-        dist.barrier()  # the first process tokenises, the others read what it wrote
     both = [np.concatenate([tokenise(p, encoding) for p in paths]) for paths in (c.text, c.heldout)]
-    if rank == 0 and world > 1:
-        dist.barrier()
     tokens, heldout = both
     if len(tokens) <= c.block_size:
         raise UserError(f"--text is {len(tokens)} tokens, no more than --block-size {c.block_size}")
@@ -156,14 +136,12 @@ def main():
     matrices = [p for p in gpt.parameters() if p.dim() == 2]
     others = [p for p in gpt.parameters() if p.dim() != 2]
     groups = [{"params": matrices}, {"params": others, "weight_decay": 0.0}]
-    adamw = {"lr": c.lr, "betas": (0.9, 0.95), "weight_decay": c.weight_decay}
-    optimiser = torch.optim.AdamW(groups, **adamw)
+    optimiser = torch.optim.AdamW(groups, c.lr, (0.9, 0.95), weight_decay=c.weight_decay)
     rngs = [torch.Generator().manual_seed(c.seed), torch.default_generator]  # blocks, dropout
     if device.type == "cuda":
         rngs.append(torch.cuda.default_generators[device.index or 0])
 
-    log, step = [], 0
-    summed, steps_summed = torch.zeros((), device=device), 0  # the loss since the log's last row
+    log, step, summed = [], 0, torch.zeros((), device=device)  # the loss since the log's last row
     if saved:
         if saved["texts"] != texts:
             raise UserError(f"the texts are not those that {path} was begun with")
@@ -171,7 +149,7 @@ def main():
         optimiser.load_state_dict(saved["optimiser"])
         for rng, state in zip(rngs, saved["rngs"], strict=False):  # the device may be another
             rng.set_state(state)
-        log, step, steps_summed = saved["log"], saved["step"], saved["steps_summed"]
+        log, step = saved["log"], saved["step"]
         summed += saved["summed"].to(device)
     if rank == 0:
         size = sum(p.numel() for p in gpt.parameters())
@@ -201,12 +179,12 @@ def main():
                     loss = model(x, y) * (len(x) / share)
                 loss.backward()
             summed += loss.detach()
-        steps_summed += 1
         torch.nn.utils.clip_grad_norm_(gpt.parameters(), c.clip)
         optimiser.step()
         optimiser.zero_grad(set_to_none=True)
-        if rank == 0 and step % c.log_every == 0:
-            bar.set_postfix(loss=f"{summed.item() / steps_summed:.3f}")
+        n_summed = (step - 1) % c.eval_every + 1
+        if rank == 0 and step % 25 == 0:
+            bar.set_postfix(loss=f"{summed.item() / n_summed:.3f}")
 
         looking = step % c.eval_every == 0 or step == c.steps
         if world == 1 or looking or step % 10 == 0:
@@ -216,11 +194,11 @@ def main():
         if rank == 0 and looking:
             with autocast:
                 loss = text_loss(gpt, heldout)
-            mean = summed.item() / steps_summed
+            mean = summed.item() / n_summed
             if not (loss < 100 and mean < 100):  # NaN is not either
                 raise UserError(f"the loss is {loss:.3g} by step {step}; lower --lr")
             row = {"step": step, "loss": mean, "lr": group["lr"], "perplexity": math.exp(loss)}
-            row["bits_per_byte"] = bits_per_byte(loss, len(heldout), n_bytes)
+            row["bits_per_byte"] = loss * len(heldout) / n_bytes / math.log(2)  # loss is in nats
             log.append(row)
             quality = f"perplexity {math.exp(loss):.2f}, {row['bits_per_byte']:.3f} bits per byte"
             bar.write(f"step {step}: held-out {quality}")
@@ -232,12 +210,11 @@ def main():
             rows = [json.dumps(row).encode() + b"\n" for row in log]
             write_atomically(out.with_suffix(".jsonl"), lambda f, rows=rows: f.writelines(rows))
         if step % c.eval_every == 0:
-            summed, steps_summed = torch.zeros_like(summed), 0
+            summed.zero_()
         if rank == 0 and (looking or stopping):
             state = {"format": FORMAT, "settings": dict(vars(c)), "step": step, "texts": texts}
             state |= {"model": gpt.state_dict(), "optimiser": optimiser.state_dict()}
-            state |= {"summed": summed, "steps_summed": steps_summed, "log": log}
-            state["rngs"] = [rng.get_state() for rng in rngs]
+            state |= {"summed": summed, "log": log, "rngs": [rng.get_state() for rng in rngs]}
             train.save_checkpoint(state_path, state)
         if stopping:
             break
