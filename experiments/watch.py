@@ -3,7 +3,7 @@
     python -m experiments.watch runs/<run>/best.pt --video out.mp4 --gif out.gif
     python -m experiments.watch runs/<run>/best.pt --attention out.png
 
-`Film` and `LastContext` are called after every step of an episode, see `watch` of evaluate.rollout.
+A film shows an episode under each target return, side by side.
 """
 
 import io
@@ -26,8 +26,23 @@ from tasks import make_env
 from train import load_policy, read_checkpoint
 from utils import UserError, choose_device, reason, run_command, write_atomically
 
+
+@dataclass
+class Arguments:
+    checkpoint: tyro.conf.Positional[str]  # ckpt.pt or best.pt of a run
+    video: str | None = None  # film an episode under each target (.mp4)
+    gif: str | None = None  # the same, smaller and slower
+    attention: str | None = None  # draw what an action attends to, under the first target (.png)
+    at: int | None = None  # with --attention: that action's step (default: the first full context)
+    targets: list[float] | None = None  # target returns (default: the run's)
+    episode_limit: int | None = None  # cut episodes here; 0 does not (default: the run's)
+    seed: int = SEED  # environment seed of the episode
+    lm: str | None = None  # where the language model's weights are (default: as in training)
+    device: str | None = None  # cuda or cpu (default: cuda if there is one)
+
+
 VIDEO_RATE = 30  # frames a second at most; faster environments show every second, third, .. step
-GIF_RATE, GIF_HEIGHT, GIF_COLOURS = 12.5, 240, 64  # of a GIF: small enough for a README
+GIF_RATE, GIF_HEIGHT, GIF_COLOURS = 10, 200, 32  # of a GIF: small enough for a README
 SMALLEST = 320  # pixels; smaller pictures (Atari) are enlarged by a whole number
 INK, PAPER, DIM = (255, 255, 255), (24, 26, 32), (170, 174, 184)
 
@@ -42,37 +57,24 @@ def choose_gl():
     raise UserError("nothing here can draw MuJoCo: sudo apt install libegl1 libgl1 (or libosmesa6)")
 
 
-def follow(env):
-    """Let MuJoCo's camera follow the body, if it has one that can; Gymnasium's own stands still."""
-    renderer = getattr(env.unwrapped, "mujoco_renderer", None)
-    if renderer is not None and renderer.camera_id == -1:
-        import mujoco
-
-        camera = mujoco.mjtObj.mjOBJ_CAMERA
-        renderer.camera_id = mujoco.mj_name2id(renderer.model, camera, "track")  # or -1 again
-
-
 class Film:
-    """An episode under each target, side by side, the target and the running return above each.
-
-    sinks: Mp4 and Gif, each given every so many frames.
-    """
-
-    render_mode = "rgb_array"
+    """The `watch` of evaluate.rollout that films an episode under each target for Mp4 and Gif."""
 
     def __init__(self, targets, sinks):
-        self.targets, self.sinks = targets, sinks
+        self.targets, self.sinks, self.render_mode = targets, sinks, "rgb_array"
         self.step, self.panels = 0, [None] * len(targets)
 
     def __call__(self, envs, acted, alive, returns, tokens):
         due = [sink for sink in self.sinks if self.step % sink.every == 0]
         ended = acted & ~alive
         for i in np.flatnonzero(acted if due else ended):
-            if self.step == 0:
-                follow(envs[i])
-            asked = "" if self.targets[i] is None else f"target {self.targets[i]:g}   "
+            renderer = getattr(envs[i].unwrapped, "mujoco_renderer", None)
+            if renderer and renderer.camera_id == -1:  # Gymnasium's own, which stands still
+                names = [renderer.model.camera(k).name for k in range(renderer.model.ncam)]
+                renderer.camera_id = names.index("track") if "track" in names else -1
+            line = f"target {self.targets[i]:g}   return {returns[i]:.1f}"
             state = f"ended at step {self.step}" if ended[i] else f"step {self.step}"
-            self.panels[i] = panel(envs[i].render(), f"{asked}return {returns[i]:.1f}", state)
+            self.panels[i] = panel(envs[i].render(), line, state)
         for sink in due if alive.any() else self.sinks:
             sink.add(np.concatenate(self.panels, axis=1))
         self.step += 1
@@ -100,17 +102,16 @@ class Mp4:
         import av
 
         self.path, self.every, self.buffer = path, max(1, round(fps / VIDEO_RATE)), io.BytesIO()
+        self.picture = av.VideoFrame.from_ndarray
         self.file = av.open(self.buffer, "w", format="mp4")
         rate = Fraction(fps / self.every).limit_denominator(1000)
         self.stream = self.file.add_stream("libx264", rate=rate, options={"crf": "20"})
         self.stream.pix_fmt = "yuv420p"  # what every player knows
 
     def add(self, frame):
-        from av import VideoFrame
-
         if not self.stream.codec_context.is_open:
             self.stream.height, self.stream.width = frame.shape[:2]
-        self.file.mux(self.stream.encode(VideoFrame.from_ndarray(frame, "rgb24")))
+        self.file.mux(self.stream.encode(self.picture(frame, "rgb24")))
 
     def save(self):
         self.file.mux(self.stream.encode())
@@ -119,20 +120,19 @@ class Mp4:
 
 
 class Gif:
-    """Frames (H, W, 3) uint8 as a looping GIF of GIF_HEIGHT; `save` writes them to the path."""
+    """Frames (H, W, 3) uint8 as a looping GIF, GIF_HEIGHT high; `save` writes them to the path."""
 
     def __init__(self, path, fps):
         self.path, self.every, self.images = path, max(1, round(fps / GIF_RATE)), []
-        self.pause = round(1000 * self.every / fps)  # milliseconds
+        self.pause = 10 * round(100 * self.every / fps)  # milliseconds; a GIF counts in tens
 
     def add(self, frame):
-        image = Image.fromarray(frame)
-        size = (round(image.width * GIF_HEIGHT / image.height), GIF_HEIGHT)
-        self.images.append(image.resize(size, Image.Resampling.LANCZOS))
+        size = round(frame.shape[1] * GIF_HEIGHT / frame.shape[0]), GIF_HEIGHT
+        self.images.append(Image.fromarray(frame).resize(size, Image.Resampling.BOX))
 
     def save(self):
-        some = self.images[:: -(-len(self.images) // 8)]  # the colours are those of up to 8 frames
-        palette = Image.fromarray(np.concatenate([np.asarray(image) for image in some]))
+        some = [np.asarray(image) for image in self.images[:: -(-len(self.images) // 8)]]
+        palette = Image.fromarray(np.concatenate(some))  # the colours are those of up to 8 frames
         palette = palette.quantize(GIF_COLOURS, Image.Quantize.MAXCOVERAGE)
         plain = Image.Dither.NONE  # dots that change in every frame would not compress
         first, *others = [image.quantize(palette=palette, dither=plain) for image in self.images]
@@ -142,15 +142,14 @@ class Gif:
 
 
 def film(play, environment, targets, video=None, gif=None):
-    """Write a film, to the paths video and gif, of an episode under each target. Returns rollout's
-    results. play: rollout, but for targets, episodes and watch. Raises UserError."""
-    env = make_env(environment.spec)
-    env.close()
-    if "rgb_array" not in env.metadata.get("render_modes", []):
+    """Film an episode under each target, to the paths video and gif. Returns rollout's results.
+    play: rollout, but for targets, episodes and watch. Raises UserError if nothing is drawn."""
+    metadata = make_env(environment.spec).metadata
+    if "rgb_array" not in metadata["render_modes"]:
         raise UserError(f"{environment.spec.id} draws no pictures (it has no mode rgb_array)")
     if "mujoco" in sys.modules and "MUJOCO_GL" not in os.environ:  # the environment imported it
         choose_gl()
-    fps = env.metadata.get("render_fps", VIDEO_RATE)
+    fps = metadata.get("render_fps", VIDEO_RATE)
     sinks = [kind(path, fps) for kind, path in ((Mp4, video), (Gif, gif)) if path]
     try:
         results = play(targets=targets, episodes=1, watch=Film(targets, sinks))
@@ -162,24 +161,10 @@ def film(play, environment, targets, video=None, gif=None):
     return results
 
 
-class LastContext:
-    """Keeps the tokens of the step `at`, of the first episode; a `watch` of evaluate.rollout."""
-
-    def __init__(self, at):
-        self.at, self.step, self.tokens = at, -1, None  # the first call is before any step
-
-    def __call__(self, envs, acted, alive, returns, tokens):
-        if self.step == self.at and acted[0]:
-            self.tokens = torch.cat(tuple(tokens), dim=1)[:1]  # (1, 3K, C) ending in an action
-        self.step += 1
-
-
 @torch.no_grad()
 def attention_weights(gpt, x):
-    """How much each token attends to each: embedded tokens (1, T, C) -> (L, H, T, T).
-
-    Each row sums to 1. Wants the model in evaluation mode and in the type of x.
-    """
+    """How much each token attends to each: embedded tokens (1, T, C) -> (L, H, T, T), each row with
+    the sum 1. The model is in evaluation mode and in the type of x."""
     weights = []
     for block in gpt.h:
         q, k, _ = block.attn.c_attn(block.ln_1(x))[0].chunk(3, dim=-1)  # (T, C) each
@@ -192,18 +177,15 @@ def attention_weights(gpt, x):
 
 
 def draw_attention(path, gpt, x, at):
-    """What the action of step `at` attends to, as PNG: a line for each layer and head.
-
-    x: what LastContext keeps, (1, 3K, C). Columns are the tokens R, s and a of every step.
-    """
+    """What the action of step `at` attends to, as PNG: a line a layer and head, a column a token.
+    x: the tokens R, s and a of the last K steps, (1, 3K, C), ending in that action."""
     from matplotlib.colors import PowerNorm
     from matplotlib.figure import Figure
 
     weights = attention_weights(gpt.float().eval(), x.float())[:, :, -1].cpu()
     layers, heads, n = weights.shape
     cell = max(0.11, 4.5 / n)  # inches
-    size = (1.9 + n * cell, 1.3 + layers * (heads * cell + 0.08))
-    figure = Figure(size, layout="constrained")
+    figure = Figure((1.9 + n * cell, 1.3 + layers * (heads * cell + 0.08)), layout="constrained")
     axes = figure.subplots(layers, 1, sharex=True, squeeze=False)[:, 0]
     norm = PowerNorm(0.5, 0, float(weights.max()))  # so that small weights are seen
     for layer, axis in enumerate(axes):
@@ -222,42 +204,26 @@ def draw_attention(path, gpt, x, at):
     print(f"wrote {path}: {layers} layers, {heads} heads, steps {steps[0]} to {at}")
 
 
-@dataclass
-class Arguments:
-    checkpoint: tyro.conf.Positional[str]  # ckpt.pt or best.pt of a run
-    video: str | None = None  # film an episode under each target (.mp4)
-    gif: str | None = None  # the same, smaller and slower
-    attention: str | None = None  # draw what an action attends to, under the first target (.png)
-    at: int | None = None  # with --attention: that action's step (default: the first full context)
-    targets: list[float] | None = None  # target returns (default: the run's)
-    episode_limit: int | None = None  # cut episodes here; 0 does not (default: the run's)
-    seed: int = SEED  # environment seed of the episode
-    lm: str | None = None  # where the language model's weights are (default: as in training)
-    device: str | None = None  # cuda or cpu (default: cuda if there is one)
-
-
 def main():
     args = tyro.cli(Arguments, description=__doc__)
     if not (args.video or args.gif or args.attention):
         raise UserError("say what to make: --video MP4, --gif GIF or --attention PNG")
     checkpoint = read_checkpoint(args.checkpoint)
-    for name in ("lm", "targets", "episode_limit"):
-        if getattr(args, name) is not None:
-            checkpoint["settings"][name] = getattr(args, name)
+    given = {name: getattr(args, name) for name in ("lm", "targets", "episode_limit")}
+    checkpoint["settings"] |= {name: x for name, x in given.items() if x is not None}
     device, c = choose_device(args.device), SimpleNamespace(**checkpoint["settings"])
     model, environment = load_policy(args.checkpoint, checkpoint)
-    model.to(device)
     stats = checkpoint["obs_mean"].to(device), checkpoint["obs_std"].to(device)
-    play = partial(rollout, model, environment, c, stats, seed=args.seed, progress=True)
+    play = partial(rollout, model.to(device), environment, c, stats, seed=args.seed, progress=True)
     if args.video or args.gif:
         print_table(film(play, environment, c.targets, args.video, args.gif))
     if args.attention:
         at = c.context - 1 if args.at is None else args.at
-        watch = LastContext(at)
-        (result,) = play(targets=c.targets[:1], episodes=1, watch=watch)
-        if watch.tokens is None:
-            raise UserError(f"--at {at}, but the episode ended after {result['lengths'][0]} steps")
-        draw_attention(args.attention, model.gpt, watch.tokens, at)
+        c.episode_limit, seen = at + 1, []  # it stops after the step, and its tokens are the last
+        (result,) = play(targets=c.targets[:1], episodes=1, watch=lambda *now: seen.append(now[-1]))
+        if (T := result["lengths"][0]) <= at:
+            raise UserError(f"--at {at}, but the episode ended after {T} steps")
+        draw_attention(args.attention, model.gpt, torch.cat(tuple(seen[-1]), dim=1), at)
 
 
 if __name__ == "__main__":

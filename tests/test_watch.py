@@ -65,12 +65,12 @@ def test_a_film_shows_what_the_environment_draws(hopper, gl, tmp_path):
     results = watch.film(falls, hopper, [1000.0, -500.0], *paths)
     lengths = [r["lengths"][0] for r in results]
     frames, rate = frames_of(paths[0])
-    # hopper's 125 steps a second: every fourth in a video, every tenth in a GIF, and the last
+    # hopper's 125 steps a second: every fourth in a video, every twelfth in a GIF, and the last
     assert (len(frames), rate) == (-(-max(lengths) // 4) + 1, 31.25)
     assert frames[0].shape == (480 + 60, 2 * 480, 3)
     gif = Image.open(paths[1])
-    assert gif.n_frames == -(-max(lengths) // 10) + 1
-    assert (gif.height, gif.info["duration"]) == (240, 80)  # milliseconds
+    assert gif.n_frames == -(-max(lengths) // 12) + 1
+    assert (gif.height, gif.info["duration"]) == (200, 100)  # milliseconds
     env = gym.make("Hopper-v5", render_mode="rgb_array", camera_name="track")
     env.reset(seed=3)
     expected = env.render().astype(float)
@@ -90,7 +90,7 @@ def test_the_command_draws_what_a_checkpoint_does(tmp_path, monkeypatch):
     monkeypatch.setattr("sys.argv", ["train.py", *flags.split()])
     train.main()
     flags = f"{tmp_path}/run/best.pt --attention {tmp_path}/out.png --device cpu --at"
-    monkeypatch.setattr("sys.argv", ["watch", *flags.split(), "99"])
+    monkeypatch.setattr("sys.argv", ["watch", *flags.split(), "100"])
     with pytest.raises(UserError, match="--at"):
         watch.main()
     monkeypatch.setattr("sys.argv", ["watch", *flags.split(), "2"])
