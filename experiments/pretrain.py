@@ -190,7 +190,7 @@ def main():
         if world == 1 or looking or step % 10 == 0:
             stopping = max(train.gather(stop.number))  # all processes stop after the same step
         if world > 1 and (looking or stopping):
-            torch.distributed.all_reduce(summed.div_(world))
+            dist.all_reduce(summed.div_(world))
         if rank == 0 and looking:
             with autocast:
                 loss = text_loss(gpt, heldout)
