@@ -59,6 +59,7 @@ class Arguments:
     seed: int = 0  # of policy or recording
     bundle: bool = False  # record into assets/minari
     import_d4rl: str | None = None  # D4RL's v2 HDF5 file of a MuJoCo task
+    # which of D4RL's datasets it is
     quality: Literal["random", "medium", "expert", "medium-replay", "medium-expert"] = "medium"
     import_dqn_replay: str | None = None  # folder of DQN-replay's gzipped arrays
 
@@ -140,7 +141,7 @@ def play(env, policy, episodes, seed):
 
 
 def train_policy(name, task, path, seed):
-    """Train a policy until its recipe is content, and write its actor to the path."""
+    """Train a policy until its recipe says that it is medium, and write its actor to the path."""
     import stable_baselines3
 
     recipe = RECIPES[choose("recipe", name, RECIPES)]
@@ -148,8 +149,8 @@ def train_policy(name, task, path, seed):
     env, look_env = gym.make(task.env_id), gym.make(task.env_id)
     sac, found = recipe.algorithm == "SAC", {}
     own = {"learning_starts": 10_000} if sac else {}  # random steps before; RL Zoo's for Hopper
-    algorithm = getattr(stable_baselines3, recipe.algorithm)
-    learner = algorithm("MlpPolicy", env, seed=seed, device="cpu", **own)
+    own |= {"seed": seed, "device": "cpu"}
+    learner = getattr(stable_baselines3, recipe.algorithm)("MlpPolicy", env, **own)
 
     def actor():  # PPO's tensors have the critic's among them
         state = (learner.actor if sac else learner.policy).state_dict()
@@ -164,8 +165,8 @@ def train_policy(name, task, path, seed):
             returns = play(look_env, policy, episodes, first_seed)
             score = 100 * (returns.mean() - task.random) / (task.expert - task.random)
             mean, std = f"{returns.mean():.1f}", f"{returns.std():.1f}"
-            seen = f"{episodes} episodes, return {mean} ± {std}, score {score:.1f}"
-            print(f"step {step}: {seen}", flush=True)
+            line = f"return {mean} ± {std} over {episodes} episodes, score {score:.1f}"
+            print(f"step {step}: {line}", flush=True)
             spread = returns.std() / max(returns.mean(), 1e-9)
             if not recipe.lowest <= score <= recipe.highest or spread < recipe.least_spread:
                 return True
@@ -175,9 +176,9 @@ def train_policy(name, task, path, seed):
     learner.learn(MAX_STEPS, callback=look)
     if not found:
         raise UserError(f"no policy of medium skill within {MAX_STEPS} steps; try another --seed")
-    how = f"{recipe.algorithm}, stable_baselines3 {stable_baselines3.__version__}"
-    about = found | {"env": env.spec.id, "seed": str(seed), "algorithm": how}
-    about |= {"mujoco": version("mujoco"), "torch": torch.__version__}
+    about = found | {"env": env.spec.id, "seed": str(seed), "mujoco": version("mujoco")}
+    about["algorithm"] = f"{recipe.algorithm}, stable_baselines3 {stable_baselines3.__version__}"
+    about["torch"] = torch.__version__
     write_atomically(path, lambda file: file.write(save(actor(), about)))
     print(f"wrote {path}: {about}")
 
@@ -186,7 +187,7 @@ def train_policy(name, task, path, seed):
 
 
 def make_episode(observations, actions, rewards, terminated, seed=None):
-    """An episode of T steps for Minari. terminated: whether its last step ended it, or cut it."""
+    """An episode of T steps for Minari. terminated: its end is terminal, not a cut."""
     last = np.arange(len(rewards)) == len(rewards) - 1
     return EpisodeBuffer(
         seed=seed,
@@ -246,8 +247,7 @@ def import_d4rl(path, name, task, about):
     about["left_out"] = int(len(rewards) - max(ends, default=0))
 
     def episodes():
-        starts = [0, *ends[:-1]]
-        for start, end in tqdm(list(zip(starts, ends, strict=True)), name, unit="episode"):
+        for start, end in tqdm(list(zip([0, *ends[:-1]], ends, strict=True)), name, unit="episode"):
             seen = np.concatenate([observations[start:end], following[end - 1 : end]])[:, :width]
             ended = bool(terminals[end - 1])
             yield make_episode(seen, actions[start:end], rewards[start:end], ended)
@@ -395,7 +395,8 @@ def main():
         flags += f" --steps {args.steps} --seed {args.seed}"
         flags += " --random" * args.random + " --bundle" * args.bundle
         if args.random:
-            dataset_id, algorithm = f"lamo/{name}/random-v0", "uniformly random actions"
+            policy, dataset_id = None, f"lamo/{name}/random-v0"
+            algorithm = "uniformly random actions"
         elif policy.is_file():
             dataset_id = task.bundled if args.bundle else task.recorded
             algorithm = f"{RECIPES[name].algorithm} (Stable-Baselines3), stopped at medium skill, "
@@ -403,8 +404,7 @@ def main():
             about["share"] = min(1.0, args.steps / task.full)  # it is the full set's beginning
         else:
             raise UserError(f"there is no policy {policy}: add --train or --random")
-        path = None if args.random else policy
-        episodes, env, space = record(name, task, path, args.steps, args.seed)
+        episodes, env, space = record(name, task, policy, args.steps, args.seed)
     about["command"] = f"python -m experiments.collect {flags}"
     by, text = algorithm, f"{algorithm} data of {name}, imported with Minari {minari.__version__}."
     if recording:
