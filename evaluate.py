@@ -38,13 +38,13 @@ def rollout(model, environment, c, stats, targets, episodes, seed=SEED, progress
     """Let a model act in `episodes` episodes for each target return, all in one batch.
 
     model: LaMo, or what has its observe, remember and act; environment: a tasks.Environment; c:
-    what training ran with (context, mode, scale, dtype, episode_limit); stats: the dataset's
-    obs_mean and obs_std, each (O,), or (0,) for frames; targets: undivided returns, None for a
+    what training ran with (context, mode, scale, dtype, sample, episode_limit); stats: obs_mean and
+    obs_std of the dataset, each (O,), or (0,) for frames; targets: undivided returns, None for a
     model that is told none; episode i starts from environment seed `seed + i` under every target.
-    Numbers are acted on as predicted, and a choice is drawn from the predicted probabilities, as in
-    Decision Transformer's code for Atari. watch: called after the reset and after every step with
-    the environments (whose render_mode is watch.render_mode), which episodes (n,) acted and which
-    go on, their returns so far (n,) and the tokens of the last K steps.
+    Numbers are acted on as predicted; of choices the likeliest is taken or, with c.sample, one is
+    drawn. watch: called after the reset and after every step with the environments (whose
+    render_mode is watch.render_mode), which episodes (n,) acted and which go on, their returns so
+    far (n,) and the tokens of the last K steps.
     Returns a list with a dictionary for each target, see `summarise`.
     """
     obs_mean, obs_std = stats
@@ -87,7 +87,8 @@ def rollout(model, environment, c, stats, targets, episodes, seed=SEED, progress
                 context = torch.cat(tuple(tokens)[1 - 2 * K :], dim=1)  # (n, up to 3K - 1, C)
                 predicted = model.act(context[torch.as_tensor(going, device=device)]).float()
             if choice:
-                predicted = torch.multinomial(predicted.softmax(-1), 1, generator=draws)[:, 0]
+                drawn = torch.multinomial(predicted.softmax(-1), 1, generator=draws)[:, 0]
+                predicted = drawn if c.sample else predicted.argmax(-1)
             actions[going] = decode_actions(action_space, predicted.cpu().numpy())
             encoded = torch.as_tensor(encode_actions(action_space, actions), device=device)
             with autocast:

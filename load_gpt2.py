@@ -23,7 +23,7 @@ LANGUAGE_MODELS = {  # name: (repository on the hub or file, sizes of Radford et
     "gpt2-xl": ("openai-community/gpt2-xl", GPTConfig(48, 25, 1600)),
     "distilgpt2": ("distilbert/distilgpt2", GPTConfig(6, 12, 768)),
     "mini": (MINI, GPTConfig(3, 3, 192, vocab_size=257, block_size=256)),
-    "dt": (None, GPTConfig(3, 1, 128, vocab_size=257)),  # a shape alone, the paper's for DT
+    "dt": (None, GPTConfig(3, 1, 128, vocab_size=257, activation="relu")),  # the paper's DT
 }
 WEIGHTS = "model.safetensors"  # the file's name in each repository
 SAME = {"gelu_pytorch_tanh": "gelu_new", "gelu_fast": "gelu_new", "swish": "silu"}  # functions

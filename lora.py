@@ -58,12 +58,13 @@ def inject_lora(gpt, targets=("c_attn",), rank=16, alpha=32, dropout=0.1):
             setattr(gpt.get_submodule(parent), own, layer)
 
 
-def mark_trainable(lamo, train, language=True):
+def mark_trainable(lamo, train, language=True, bias=True):
     """Freeze and unfreeze, in place.
 
     train "new": only what is outside the GPT (the trajectory embeddings, embed_ln, the time
-    embedding, the head), the paper's frozen ablation; "lora": LoRA's factors and the biases beside
-    them, too; "all": everything, but wte and wpe only for a language loss: nothing else reads them.
+    embedding, the head), the paper's frozen ablation; "lora": LoRA's factors and, with bias, the
+    biases beside them, too; "all": everything, but wte and wpe only for a language loss, since
+    nothing else reads them.
     """
     lamo.requires_grad_(True)
     for name, parameter in lamo.gpt.named_parameters():
@@ -72,6 +73,7 @@ def mark_trainable(lamo, train, language=True):
     for layer in lamo.modules():
         if train == "lora" and isinstance(layer, LoRALinear):
             layer.requires_grad_(True).weight.requires_grad_(False)
+            layer.bias.requires_grad_(bias)
 
 
 def round_frozen(model):

@@ -302,12 +302,15 @@ class LaMo(nn.Module):
             FrameEncoder(obs_shape[0], C, embed) if frames else make(obs_shape[0], wte)
         )
         self.embed_action = nn.Embedding(n_act, C) if discrete else make(n_act, wte)
+        if discrete and embed == "mlp":  # as the authors' code for Atari
+            self.embed_action = nn.Sequential(self.embed_action, ResidualMLP(C, C))
         self.embed_time = nn.Embedding(max_ep_len, C)
         nn.init.normal_(self.embed_time.weight, std=0.02)  # as wpe starts: N(0, 1) drowns the rest
         self.embed_ln = nn.LayerNorm(C, eps=1e-5)
-        if embed == "linear":  # tanh bounds actions that are numbers; logits are free
-            linear = nn.Linear(C, n_act)
-            self.head = linear if discrete else nn.Sequential(linear, nn.Tanh())
+        if discrete:  # logits are free
+            self.head = nn.Linear(C, n_act)
+        elif embed == "linear":
+            self.head = nn.Sequential(nn.Linear(C, n_act), nn.Tanh())
         else:
             self.head = nn.Sequential(nn.Linear(C, C), nn.GELU(), nn.Linear(C, n_act))
         self.gpt = gpt

@@ -42,7 +42,7 @@ class Task:
     evaluated: dict = field(default_factory=dict)  # for gymnasium.make, whatever a dataset says
     rewards: Callable | None = None  # observations of an episode -> its rewards; None: as recorded
     scale: float | None = None  # returns-to-go are divided by this before the model sees them
-    targets: tuple[float, ...] | None = None  # returns asked for in evaluation, undivided
+    targets: tuple[float, ...] | None = None  # undivided; the short preset takes the first two
     random: float | None = None  # mean return of a random policy: score 0
     expert: float | None = None  # mean return of an expert: score 100; None: scores are returns
     context: int = 20  # K, environment steps the model sees
@@ -51,26 +51,32 @@ class Task:
     lr: float = 1e-4  # AdamW learning rate
     weight_decay: float = 1e-5
     batch: int = 64  # windows a step
+    eps: float = 1e-6  # AdamW's
+    clip: float = 0.25  # of the gradient's norm
     lora_rank: int = 16
+    lora_dropout: float = 0.1
+    lora_bias: bool = True  # biases of layers with LoRA are trained
+    sample: bool = False  # choices are drawn in evaluation; else the likeliest is taken
     recorded: str | None = None  # id of what experiments/collect.py records with a policy from here
     full: int = 1_000_000  # environment steps of a full recording
     bundled: str | None = None  # id of what comes with the project, in assets/minari
 
 
-def mujoco(name, env_id, targets, random, expert, ours=True, **row):
+def mujoco(robot, targets, random, expert, ours=True, **row):
     """A row of the MuJoCo tasks. ours: whether a policy to record it with is in assets/."""
+    name = robot.lower()
     if ours:
         row |= {"recorded": f"lamo/{name}/medium-v0", "bundled": f"lamo/{name}/medium-1pct-v0"}
     row |= {"scale": 1000, "targets": targets, "max_ep_len": 1000}
     minari = f"mujoco/{name}/{{quality}}-v0"
-    return Task(minari, env_id, random=random, expert=expert, **row)
+    return Task(minari, f"{robot}-v5", random=random, expert=expert, **row)
 
 
 def kitchen(which, *subtasks):
     """A row of the Kitchen tasks, by the four sub-tasks that the arm is to complete."""
     # the data were recorded with both off, so that a sub-task done pays at every step
     once = {"remove_task_when_completed": True, "terminate_on_tasks_completed": True}
-    row = {"scale": 1, "targets": (4, 5), "random": 0, "expert": 4, "max_ep_len": 280}
+    row = {"scale": 1, "targets": (4, 5, 3, 2, 1), "random": 0, "expert": 4, "max_ep_len": 280}
     row |= {"evaluated": once | {"max_episode_steps": 280}, "rewards": kitchen_rewards}
     row["env_kwargs"] = {"tasks_to_complete": list(subtasks)}
     return Task(f"D4RL/kitchen/{which}-v2", "gymnasium_robotics:FrankaKitchen-v1", **row)
@@ -92,7 +98,8 @@ def kitchen_rewards(observations):
 
 def atari(game, targets=None, random=None, expert=None, lr=1e-3, **row):
     """A row of the Atari tasks, by Gymnasium's name of the game."""
-    row |= {"context": 30, "max_ep_len": 4096, "batch": 128, "lora_rank": 32, "lr": lr}
+    row |= {"context": 30, "max_ep_len": 4096, "batch": 128, "lr": lr, "eps": 1e-8, "clip": 1.0}
+    row |= {"lora_rank": 32, "lora_dropout": 0.0, "lora_bias": False}
     row |= {"targets": targets, "random": random, "expert": expert}
     return Task(f"atari/{game.lower()}/expert-v0", f"ale_py:ALE/{game}-v5", **row)
 
@@ -102,10 +109,10 @@ REACHER2D |= {"recorded": "lamo/reacher2d/medium-v0", "bundled": "lamo/reacher2d
 REACHER2D |= {"max_ep_len": 100, "full": 5000}
 
 TASKS = {
-    "hopper": mujoco("hopper", "Hopper-v5", (3600, 1800), -20.3, 3234.3, embed="linear"),
-    "halfcheetah": mujoco("halfcheetah", "HalfCheetah-v5", (12000, 8000), -280.2, 12135.0),
-    "walker2d": mujoco("walker2d", "Walker2d-v5", (5000, 2500), 1.6, 4592.3),
-    "ant": mujoco("ant", "Ant-v5", (6000, 3000), -325.6, 3879.7, ours=False),
+    "hopper": mujoco("Hopper", (3600, 1800, 2600, 2200), -20.3, 3234.3, embed="linear"),
+    "halfcheetah": mujoco("HalfCheetah", (12000, 8000, 6000, 4500), -280.2, 12135.0),
+    "walker2d": mujoco("Walker2d", (5000, 2500, 4000, 3000), 1.6, 4592.3),
+    "ant": mujoco("Ant", (6000, 3000), -325.6, 3879.7, ours=False),
     "reacher2d": Task("lamo/reacher2d/medium-v0", "reacher2d:lamo/Reacher2d-v0", **REACHER2D),
     "kitchen-complete": kitchen("complete", "microwave", "kettle", "light switch", "slide cabinet"),
     "kitchen-partial": kitchen("partial", "microwave", "kettle", "light switch", "slide cabinet"),

@@ -67,7 +67,8 @@ class Config:
     lora_targets: tuple[str, ...] = ("c_attn",)  # linear layers that LoRA updates: c_attn, c_fc, ..
     lora_rank: int | None = None  # columns of LoRA's factors
     lora_alpha: float = 32  # LoRA's update is scaled by alpha / rank
-    lora_dropout: float = 0.1  # on the input of LoRA's update
+    lora_dropout: float | None = None  # on the input of LoRA's update
+    lora_bias: bool | None = None  # the biases of layers with LoRA are trained, too
     dropout: float | None = None  # GPT-2's: on embeddings, attention and residual branches
     context: int | None = None  # K, environment steps the model sees
     scale: float | None = None  # returns-to-go are divided by this
@@ -81,12 +82,14 @@ class Config:
     warmup: int | None = None  # first steps, over which the learning rate rises from 0
     cooldown: float | None = None  # last share of the steps, over which it falls to 0
     weight_decay: float | None = None  # AdamW's, on everything trained
-    clip: float = 0.25  # the gradient's norm is clipped here
+    eps: float | None = None  # AdamW's epsilon
+    clip: float | None = None  # the gradient's norm is clipped here
     # Evaluation.
     eval_every: int | None = None  # steps between evaluations
     episodes: int | None = None  # episodes for each target
     episode_limit: int | None = None  # steps after which an episode is cut; 0: where it ends itself
     targets: list[float] | None = None  # target returns
+    sample: bool | None = None  # draw choices from their probabilities; else take the likeliest
     # The machine, and the run's folder.
     device: str | None = None  # cuda or cpu; None: cuda if there is one
     dtype: Literal["bf16", "fp32"] | None = None  # autocast's; None: bf16 where the device has it
@@ -108,7 +111,7 @@ METHODS = {  # what each one sets; a flag that is typed wins over its row
     "lamo-full": dict(pretrained=True, train="all", lm_coef=0.1),
     "lamo-random": dict(pretrained=False, train="lora", lm_coef=0.1),
     "wiki-rl": dict(pretrained=True, train="all", embed="linear", lm_coef=0.0, similarity=0.1),
-    "dt": dict(lm="dt", pretrained=False, train="all", embed="linear", lm_coef=0.0),
+    "dt": dict(lm="dt", pretrained=False, train="all", embed="linear", lm_coef=0.0, eps=1e-8),
 }
 PRESETS = {  # setting: the paper's; and without CUDA, or with the mini LM, one of minutes on a CPU
     "steps": (100_000, 2000),
@@ -154,7 +157,9 @@ def choose_settings(c, notes):
     c.env, c.device, short = env, str(device), not cuda or c.lm == "mini"
     notes["task"] = f"{env}, method {c.method}"
     notes["lm"] = f"{c.lm} ({why}){'' if c.pretrained else ', random weights'}"
-    notes["preset"] = "short (no CUDA, or the mini LM)" if short else "paper"
+    notes["preset"] = "short (no CUDA, or the mini LM), two targets at most" if short else "paper"
+    if short and c.targets is None and task.targets:
+        c.targets = list(task.targets[:2])
     fill(c, {name: values[short] for name, values in PRESETS.items()})
     fill(c, {"dtype": choose_dtype(device), "compile": cuda and bool(shutil.which("cc"))})
     fill(c, vars(task) | {"similarity": 0.0})
@@ -201,7 +206,7 @@ def build_model(c, environment):
     model = LaMo(gpt, *environment.sizes(), c.embed, c.max_ep_len)
     if c.train == "lora":
         inject_lora(gpt, c.lora_targets, c.lora_rank, c.lora_alpha, c.lora_dropout)
-    mark_trainable(model, c.train, language=c.lm_coef > 0)
+    mark_trainable(model, c.train, language=c.lm_coef > 0, bias=c.lora_bias)
     if c.dtype == "bf16" and c.train != "all":
         round_frozen(model)
     return model, base
@@ -452,8 +457,8 @@ def main():
     if device.type == "cuda":
         rngs.append(torch.cuda.default_generators[device.index or 0])
     trained = [p for p in model.to(device).parameters() if p.requires_grad]
-    adamw = {"betas": (0.9, 0.999), "eps": 1e-6, "weight_decay": c.weight_decay, "fused": True}
-    optimiser = torch.optim.AdamW(trained, lr=c.lr, **adamw)
+    adamw = {"lr": c.lr, "betas": (0.9, 0.999), "eps": c.eps, "weight_decay": c.weight_decay}
+    optimiser = torch.optim.AdamW(trained, **adamw, fused=True)
     objective = Objective(model, run["centres"]).to(device)
     objective = torch.compile(objective) if c.compile else objective
     if world > 1:

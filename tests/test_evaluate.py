@@ -27,6 +27,7 @@ def make_policy(environment, K):
     for name, parameter in model.named_parameters():
         torch.nn.init.normal_(parameter, mean="ln" in name, std=0.3)
     c = SimpleNamespace(context=K, scale=10.0, mode="normal", dtype="fp32", episode_limit=0)
+    c.sample = False
     return model, c
 
 
@@ -38,9 +39,9 @@ def test_a_rollout_is_slow_episodes_one_at_a_time(name, mode):
     spaces, choice = (env.observation_space, env.action_space), name == "CartPole-v1"
     environment = Environment(env.spec, *spaces, None, None)
     model, c = make_policy(environment, K=4)
-    c.mode = mode
-    if choice:
-        model.head[-1].weight *= 1e4  # logits so far apart that a draw is the largest
+    c.mode, c.sample = mode, mode == "delayed"
+    if choice and c.sample:
+        model.head.weight *= 1e4  # logits so far apart that a draw is the largest
     n_obs, n_act, _ = environment.sizes()
     mean, std = torch.linspace(-0.1, 0.1, *n_obs), torch.linspace(0.5, 2, *n_obs)
     results = rollout(model, environment, c, (mean, std), [50.0, 5.0], 2, seed=7)

@@ -12,11 +12,11 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers import GPT2Config, GPT2Model
+from transformers import DecisionTransformerConfig, DecisionTransformerModel, GPT2Config, GPT2Model
 
 import model
 from data import STACK, get_encoding
-from load_gpt2 import load_gpt2
+from load_gpt2 import CONV1D, LANGUAGE_MODELS, load_gpt2
 from lora import inject_lora, mark_trainable, round_frozen
 from model import GPT, FrameEncoder, GPTConfig, LaMo, Objective, TokenEmbedding, attend, text_loss
 
@@ -176,6 +176,8 @@ def reference_lamo(lamo, theirs, rtg, obs, act, timestep, context):
     def embed(layer, x):
         if isinstance(layer, torch.nn.Embedding):
             return layer.weight[x]
+        if isinstance(layer, torch.nn.Sequential):  # a choice, under mlp
+            return embed(layer[1], embed(layer[0], x))
         if isinstance(layer, torch.nn.Linear):
             return x @ layer.weight.T + layer.bias
         h = x @ layer.fc1.weight.T + layer.fc1.bias
@@ -200,6 +202,33 @@ def reference_lamo(lamo, theirs, rtg, obs, act, timestep, context):
     if len(head) == 2:
         return torch.tanh(embed(head[0], h))
     return embed(head[2], gelu(embed(head[0], h)))
+
+
+def test_dt_is_transformers_decision_transformer():
+    """With ReLU, on shared weights, at a time whose embedding is zero: LaMo's code adds it after
+    embed_ln, theirs before."""
+    sizes = LANGUAGE_MODELS["dt"][1]
+    widths = dict(state_dim=11, act_dim=3, hidden_size=128, n_layer=3, n_head=1, vocab_size=257)
+    widths |= dict(bos_token_id=0, eos_token_id=0, max_ep_len=90)
+    config = DecisionTransformerConfig(**widths, activation_function="relu")
+    theirs = DecisionTransformerModel(config).eval()
+    for parameter in theirs.parameters():
+        torch.nn.init.normal_(parameter, std=0.1)
+    theirs.encoder.wpe.weight.data.zero_()
+    theirs.embed_timestep.weight.data.zero_()
+    ours = LaMo(GPT(sizes), (11,), 3, embed="linear", max_ep_len=90).eval()
+    names = dict(embed_timestep="embed_time", predict_action="head", encoder="gpt")
+    state = {}
+    for name, tensor in theirs.state_dict().items():
+        part, _, rest = name.partition(".")
+        turned = tensor.t() if part == "encoder" and name.endswith(CONV1D) else tensor
+        state[f"{names.get(part, part)}.{rest}"] = turned
+    missing, _ = ours.load_state_dict(state, strict=False)
+    assert missing == []
+    rtg, obs, act, timestep, _ = small_window()
+    timestep = timestep % 90
+    expected = theirs(states=obs, actions=act, returns_to_go=rtg, timesteps=timestep).action_preds
+    assert (ours(rtg, obs, act, timestep) - expected).abs().max() < 1e-5
 
 
 @pytest.mark.parametrize("discrete", [False, True])

@@ -28,14 +28,14 @@ from utils import UserError
 refused = partial(pytest.raises, UserError)
 VERSION = itertools.count()  # a new name for each dataset
 DESIGN = """
-hopper | Hopper-v5 | mujoco/hopper/medium-v0 | 1000 | 3600, 1800 | 20 | 1000 | -20.3 | 3234.3 | linear | 1e-4, 1e-5
-halfcheetah | HalfCheetah-v5 | mujoco/halfcheetah/medium-v0 | 1000 | 12000, 8000 | 20 | 1000 | -280.2 | 12135.0 | mlp | 1e-4, 1e-5
-walker2d | Walker2d-v5 | mujoco/walker2d/medium-v0 | 1000 | 5000, 2500 | 20 | 1000 | 1.6 | 4592.3 | mlp | 1e-4, 1e-5
+hopper | Hopper-v5 | mujoco/hopper/medium-v0 | 1000 | 3600, 1800, 2600, 2200 | 20 | 1000 | -20.3 | 3234.3 | linear | 1e-4, 1e-5
+halfcheetah | HalfCheetah-v5 | mujoco/halfcheetah/medium-v0 | 1000 | 12000, 8000, 6000, 4500 | 20 | 1000 | -280.2 | 12135.0 | mlp | 1e-4, 1e-5
+walker2d | Walker2d-v5 | mujoco/walker2d/medium-v0 | 1000 | 5000, 2500, 4000, 3000 | 20 | 1000 | 1.6 | 4592.3 | mlp | 1e-4, 1e-5
 ant | Ant-v5 | mujoco/ant/medium-v0 | 1000 | 6000, 3000 | 20 | 1000 | -325.6 | 3879.7 | mlp | 1e-4, 1e-5
 reacher2d | lamo/Reacher2d-v0 | lamo/reacher2d/medium-v0 | 10 | 76, 40 | 5 | 100 | 0 | 100 | mlp | 1e-4, 1e-5
-kitchen-complete | FrankaKitchen-v1 | D4RL/kitchen/complete-v2 | 1 | 4, 5 | 20 | 280 | 0 | 4 | mlp | 1e-4, 1e-5
-kitchen-partial | FrankaKitchen-v1 | D4RL/kitchen/partial-v2 | 1 | 4, 5 | 20 | 280 | 0 | 4 | mlp | 1e-4, 1e-5
-kitchen-mixed | FrankaKitchen-v1 | D4RL/kitchen/mixed-v2 | 1 | 4, 5 | 20 | 280 | 0 | 4 | mlp | 1e-4, 1e-5
+kitchen-complete | FrankaKitchen-v1 | D4RL/kitchen/complete-v2 | 1 | 4, 5, 3, 2, 1 | 20 | 280 | 0 | 4 | mlp | 1e-4, 1e-5
+kitchen-partial | FrankaKitchen-v1 | D4RL/kitchen/partial-v2 | 1 | 4, 5, 3, 2, 1 | 20 | 280 | 0 | 4 | mlp | 1e-4, 1e-5
+kitchen-mixed | FrankaKitchen-v1 | D4RL/kitchen/mixed-v2 | 1 | 4, 5, 3, 2, 1 | 20 | 280 | 0 | 4 | mlp | 1e-4, 1e-5
 breakout | ALE/Breakout-v5 | atari/breakout/expert-v0 | 1 | 90, 120 | 30 | 4096 | 1.7 | 31.8 | mlp | 1e-3, 1e-2
 qbert | ALE/Qbert-v5 | atari/qbert/expert-v0 | 1 | 14000 | 30 | 4096 | 163.9 | 13455.0 | mlp | 1e-3, 1e-5
 pong | ALE/Pong-v5 | atari/pong/expert-v0 | 1 | 10, 20 | 30 | 4096 | -20.7 | 9.3 | mlp | 3e-4, 1e-1
@@ -79,6 +79,8 @@ def test_the_table_is_the_designs():
         assert task.embed == embed
         atari = env.startswith("ALE/")
         assert (task.batch, task.lora_rank) == ((128, 32) if atari else (64, 16))
+        assert (task.eps, task.clip) == ((1e-8, 1.0) if atari else (1e-6, 0.25))
+        assert (task.lora_dropout, task.lora_bias) == ((0, False) if atari else (0.1, True))
         env = gym.make(task.env_id, **task.env_kwargs)
         env.reset(seed=0)
         env.close()
@@ -257,6 +259,7 @@ def test_atari_frames_are_the_same_in_data_environment_and_rollout():
         observation, reward, *_ = env.step(episode.actions[t])
         assert reward == episode.rewards[t]
     c = SimpleNamespace(episode_limit=10, context=5, scale=1.0, mode="normal", dtype="fp32")
+    c.sample = True
     lamo, shown = LaMo(GPT(GPTConfig(1, 1, 8)), *environment.sizes()), []
     lamo.embed_state.register_forward_pre_hook(lambda _, seen: shown.append(seen[0][0]))
     rollout(lamo, environment, c, (torch.zeros(0), torch.zeros(0)), [1.0], 1, seed=3)
