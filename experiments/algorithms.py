@@ -20,17 +20,10 @@ import torch.nn as nn
 import torch.nn.functional as F
 from tensordict import TensorDict
 from tensordict.nn import TensorDictModule, TensorDictSequential
+from torch.optim import Adam
 from torchrl.modules import IndependentNormal, ProbabilisticActor, QValueModule, TanhNormal
 from torchrl.modules.distributions.utils import rsample_and_log_prob
-from torchrl.objectives import (
-    BCLoss,
-    CQLLoss,
-    DQNLoss,
-    HardUpdate,
-    IQLLoss,
-    SoftUpdate,
-    TD3BCLoss,
-)
+from torchrl.objectives import BCLoss, CQLLoss, DQNLoss, HardUpdate, IQLLoss, SoftUpdate, TD3BCLoss
 
 from model import FrameEncoder
 
@@ -126,22 +119,17 @@ class Likeliest(nn.Module):
         return best.indices[..., 0], best.values
 
 
-class Chosen(nn.Module):
-    """A policy that makes one choice for certain: observations (B, ..) -> logits 0 and -inf (B, n).
+class Policy(nn.Module):
+    """act: observations (B, ..) -> actions (B, A), or logits (B, n); net: holds its weights."""
 
-    Rollouts draw from the logits. net: holds the weights; choose: observations -> choices (B,).
-    """
-
-    def __init__(self, net, choose, n):
+    def __init__(self, net, act):
         super().__init__()
-        self.net, self.choose, self.n = net, choose, n
-
-    def forward(self, observation):
-        return F.one_hot(self.choose(observation), self.n).float().log()
+        self.net, self.forward = net, act
 
 
-def adam(parameters, lr, eps=1e-8):
-    return torch.optim.Adam(list(parameters), lr=lr, eps=eps)
+def certain(choices, n):
+    """Logits (B, n) of one choice each (B,), for rollouts draw from logits."""
+    return F.one_hot(choices, n).float().log()
 
 
 def step(optimiser, loss):
@@ -159,7 +147,7 @@ def clone(obs_shape, n_act, c):
     policy = nn.Sequential(mlp(*obs_shape, n_act, c.layers), nn.Tanh())
     actor = TensorDictModule(policy, ["observation"], ["action"])
     loss = BCLoss(actor, loss_function="mse")
-    optimiser = adam(loss.parameters(), c.lr)
+    optimiser = Adam(loss.parameters(), c.lr)
 
     def update(batch):
         value = loss(batch)["loss_bc"]
@@ -178,8 +166,8 @@ def td3bc(obs_shape, n_act, c):
     loss = TD3BCLoss(actor, critic, alpha=c.alpha, loss_function="l2", **noise)
     loss.make_value_estimator(gamma=c.discount)
     targets = SoftUpdate(loss, tau=c.tau)
-    critics = adam(loss.qvalue_network_params.parameters(), c.lr)
-    actors = adam(loss.actor_network_params.parameters(), c.lr)
+    critics = Adam(loss.qvalue_network_params.parameters(), c.lr)
+    actors = Adam(loss.actor_network_params.parameters(), c.lr)
     updates = 0
 
     def update(batch):
@@ -217,9 +205,9 @@ def iql(obs_shape, n_act, c):
     loss = IQLLoss(actor, critic, value, loss_function="l2", **weights)
     loss.make_value_estimator(gamma=c.discount)
     targets = SoftUpdate(loss, tau=c.tau)
-    values = adam(loss.value_network_params.parameters(), c.lr)
-    critics = adam(loss.qvalue_network_params.parameters(), c.lr)
-    actors = adam(loss.actor_network_params.parameters(), c.lr)
+    values = Adam(loss.value_network_params.parameters(), c.lr)
+    critics = Adam(loss.qvalue_network_params.parameters(), c.lr)
+    actors = Adam(loss.actor_network_params.parameters(), c.lr)
     cosine = torch.optim.lr_scheduler.CosineAnnealingLR(actors, c.steps)
 
     def update(batch):
@@ -271,15 +259,14 @@ def cql(obs_shape, n_act, c):
         distribution_class=TanhNormal,
         return_log_prob=True,
     )
-    critics = [  # both, because TorchRL draws the weights anew if it is given one
-        make_critic(*obs_shape, n_act, c.layers, orthogonal=True) for _ in range(2)
-    ]
+    # Two critics, because TorchRL draws the weights anew if it is given one.
+    critics = [make_critic(*obs_shape, n_act, c.layers, orthogonal=True) for _ in range(2)]
     loss = CQLLoss(actor, critics, loss_function="l2", target_entropy=-float(n_act))
     loss.make_value_estimator(gamma=c.discount)
     targets = SoftUpdate(loss, tau=c.tau)
-    critics = adam(loss.qvalue_network_params.parameters(), c.lr)
-    actors = adam(loss.actor_network_params.parameters(), c.actor_lr)
-    temperatures = adam([loss.log_alpha], c.actor_lr)
+    critics = Adam(loss.qvalue_network_params.parameters(), c.lr)
+    actors = Adam(loss.actor_network_params.parameters(), c.actor_lr)
+    temperatures = Adam([loss.log_alpha], c.actor_lr)
 
     def update(batch):
         actor_loss, about = loss.actor_loss(batch)
@@ -295,15 +282,7 @@ def cql(obs_shape, n_act, c):
         targets.step()
         return losses
 
-    class Mean(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.net = net
-
-        def forward(self, observation):
-            return self.net(observation)[0].tanh()
-
-    return Learner(loss, Mean(), update)
+    return Learner(loss, Policy(net, lambda observation: net(observation)[0].tanh()), update)
 
 
 # --- actions that are choices --------------------------------------------------------------------
@@ -315,7 +294,7 @@ def clone_choices(obs_shape, n_act, c):
     net = nn.Sequential(encoder, nn.Linear(n, n_act))
     actor = TensorDictModule(net, ["observation"], ["action"])
     loss = BCLoss(actor, loss_function="cross_entropy")
-    optimiser = adam(loss.parameters(), c.lr)
+    optimiser = Adam(loss.parameters(), c.lr)
 
     def update(batch):
         losses = {"loss_bc": loss(batch)["loss_bc"]}
@@ -323,7 +302,7 @@ def clone_choices(obs_shape, n_act, c):
         step(optimiser, losses["loss_bc"] + c.beta * losses["loss_logits"])
         return losses
 
-    return Learner(loss, Chosen(net, lambda x: net(x).argmax(-1), n_act), update)
+    return Learner(loss, Policy(net, lambda x: certain(net(x).argmax(-1), n_act)), update)
 
 
 def q_learning(obs_shape, n_act, c):
@@ -357,7 +336,7 @@ def q_learning(obs_shape, n_act, c):
     targets = None
     if delayed:  # TorchRL's counter starts at 0, so it copies one step late
         targets = HardUpdate(loss, value_network_update_interval=c.target_every - 1)
-    optimiser = adam(loss.parameters(), c.lr, ADAM_EPS[algo])
+    optimiser = Adam(loss.parameters(), c.lr, eps=ADAM_EPS[algo])
 
     def update(batch):
         losses = {"loss_critic": loss(batch)["loss"]}
@@ -377,10 +356,11 @@ def q_learning(obs_shape, n_act, c):
             targets.step()
         return losses
 
-    def choose(observation):
-        return net(TensorDict(observation=observation, batch_size=len(observation)))["action"]
+    def act(observation):
+        found = net(TensorDict(observation=observation, batch_size=len(observation)))
+        return certain(found["action"], n_act)
 
-    return Learner(loss, Chosen(net, choose, n_act), update)
+    return Learner(loss, Policy(net, act), update)
 
 
 def make_learner(obs_shape, n_act, discrete, c):

@@ -4,16 +4,14 @@
     python -m experiments.baselines --evaluate runs/<run>/ckpt.pt
 
 bc, td3bc, iql and cql are for actions that are numbers; bc, cql, bcq and nfq for choices (Atari).
-Data, tasks, evaluations, the run's folder and its score are train.py's, so runs compare; networks
-and losses are in experiments/algorithms.py. A policy here sees one observation, or four frames, and
-no target return. A run that is stopped keeps its policy but cannot be resumed.
+Networks and losses are in algorithms.py, all else is train.py's, so runs compare. A policy sees one
+observation, or four frames, and no target return. A stopped run is kept, but cannot be resumed.
 """
 
 import math
 import time
 from collections import defaultdict
 from dataclasses import dataclass, replace
-from types import SimpleNamespace
 from typing import Literal
 
 import torch
@@ -24,7 +22,7 @@ from tqdm import tqdm
 import train
 from data import find_dataset, load_trajectories, sample_windows
 from evaluate import print_table, rollout
-from tasks import find_environment, find_task, task_of_dataset, unpack
+from tasks import find_environment, find_task, replay, task_of_dataset, unpack
 from train import begin_run, describe, end_run, fill, open_log, read_checkpoint, save_checkpoint
 from utils import StopSignals, UserError, choose_device, reading, run_command
 
@@ -41,18 +39,14 @@ NUMBERS = {
     "iql": dict(lr=3e-4, batch=256, layers=2, discount=0.99, tau=0.001, beta=3.0, expectile=0.7),
     "cql": dict(lr=3e-4, batch=256, layers=3, discount=0.99, tau=0.005, alpha=10.0, actor_lr=3e-5),
 }
-SHORT_NUMBERS = {  # ours, for the short preset's 5000 steps
-    "td3bc": dict(tau=0.1),  # else values get a tenth of the way to what the data earn
-    "cql": dict(tau=0.1, actor_lr=3e-4, batch=64),
-    # IQL keeps CORL's: on 1 % of hopper better values make its policy worse (see the README)
-}
+# Ours, for the short preset's 5000 steps, in which CORL's tau hardly moves the target networks.
+SHORT_NUMBERS = {"td3bc": dict(tau=0.1), "cql": dict(tau=0.1, actor_lr=3e-4, batch=64)}
 CHOICES = {
     "bc": dict(lr=1e-3, batch=100, layers=2, beta=0.5),
     "cql": dict(lr=5e-5, batch=32, layers=2, discount=0.99, target_every=2000, alpha=4.0),
     "bcq": dict(lr=5e-5, batch=32, layers=2, discount=0.99, target_every=2000, beta=0.01),
     "nfq": dict(lr=5e-5, batch=32, layers=2, discount=0.99),
 }
-SCALED = ("hopper", "halfcheetah", "walker2d")  # where CORL's IQL and CQL scale returns to 1000
 
 
 @dataclass
@@ -94,10 +88,9 @@ class Config:
 
 def make_transitions(data, c):
     """The Trajectories that sample_transitions draws from: in place of returns-to-go, rtg (N, 3)
-    holds the reward, scaled or clipped as c says, whether the episode terminated, and its number.
-    """
+    holds the reward, scaled or clipped, whether the episode terminated, and its number."""
     span = float(data.returns.max() - data.returns.min())
-    rewards = data.reward * (c.return_span / span) if c.return_span else data.reward
+    rewards = data.reward * (c.return_span / span if c.return_span else 1)
     rewards = rewards.clamp(-1, 1) if c.clip_rewards else rewards
     episode = torch.searchsorted(data.end.unique(), data.end)
     return replace(data, rtg=torch.stack([rewards, data.terminated, episode], dim=1))
@@ -106,38 +99,34 @@ def make_transitions(data, c):
 def sample_transitions(data, batch, generator):
     """A batch of transitions, uniform over all: a dictionary as TorchRL's losses read it.
 
-    data: what make_transitions returns; generator: a torch.Generator on the data's device.
-    observation (B, O), or STACK frames (B, 4, 84, 84); action (B, A) or (B,); next: observation,
-    reward (B, 1), terminated (B, 1), and done, the same, so that what follows a cut has a value.
+    data: make_transitions's; generator: a torch.Generator on its device. observation (B, O), or
+    STACK frames (B, 4, 84, 84); action (B, A) or (B,); next: observation, reward (B, 1), terminated
+    (B, 1), and done, the same, so that what follows a cut has a value.
     """
     told, obs, act, _, valid = sample_windows(data, batch, 2, generator)
     reward, terminated, episode = told[:, 0].split(1, dim=1)  # (B, 1) each
     last = ~valid[:, 1]  # (B,), of its episode: the observation that follows is kept apart
     obs[last, -1] = data.last_obs[episode[last, 0].long()]
-    obs, following = obs[:, :-1], obs[:, 1:]  # (B, 1, O) or (B, 4, 84, 84)
-    if obs.dim() == 3:
-        obs, following = obs[:, 0], following[:, 0]
+    obs, following = obs[:, :-1].squeeze(1), obs[:, 1:].squeeze(1)  # (B, O) or (B, 4, 84, 84)
     after = {"observation": following, "reward": reward, "terminated": terminated.bool()}
     return {"observation": obs, "action": act[:, 0], "next": after | {"done": terminated.bool()}}
 
 
 class Actor(nn.Module):
-    """A policy as evaluate.rollout calls one. Its only token is the last observation."""
+    """A policy as evaluate.rollout calls one. Its only token is the last observation: (n, 1, O) or
+    (n, 1, 4, 84, 84)."""
 
     def __init__(self, policy):
         super().__init__()
         self.policy = policy
 
     def observe(self, rtg, obs, timestep):
-        """(n, 1, O) or (n, 4, 84, 84) -> (n, 1, 1, O) or (n, 1, 1, 4, 84, 84)."""
         return obs[:, :, None] if obs.dim() == 3 else obs[:, None, None]
 
     def remember(self, act, timestep):
-        """Nothing: (n, 1, 0)."""
-        return torch.empty(len(act), 1, 0, device=act.device)
+        return torch.empty(len(act), 1, 0, device=act.device)  # nothing
 
     def act(self, tokens):
-        """(n, 1, O) or (n, 1, 4, 84, 84) -> actions (n, A), or logits."""
         return self.policy(tokens[:, -1])
 
 
@@ -147,38 +136,34 @@ def choose_hyperparameters(c, notes, environment):
     shape, _, choices = environment.sizes()
     rows, kind = (CHOICES, "choices") if choices else (NUMBERS, "numbers")
     if c.algo not in rows:
-        valid = ", ".join(rows)
-        raise UserError(f"--algo {c.algo} is not for actions that are {kind}; use {valid}")
+        raise UserError(f"--algo {c.algo} is not for {kind} as actions; use {', '.join(rows)}")
     row = dict(rows[c.algo])
     if c.algo != "bc":
-        row["return_span"] = 1000.0 if c.algo in ("iql", "cql") and c.env in SCALED else 0.0
-        atari = environment.spec.id.startswith("ALE/")
-        row["clip_rewards"] = atari and c.mode == "normal"  # a delayed return would become 1
+        scaled = c.algo in ("iql", "cql") and c.env in ("hopper", "halfcheetah", "walker2d")
+        clipped = environment.spec.id.startswith("ALE/") and c.mode == "normal"
+        row |= {"return_span": 1000.0 if scaled else 0.0, "clip_rewards": clipped}
     if len(shape) == 3:  # frames
         del row["layers"]  # the convolutions are what they are
     every = set().union(*NUMBERS.values(), *CHOICES.values(), {"return_span", "clip_rewards"})
     for name in sorted(every - row.keys()):
         if getattr(c, name) is not None:
             raise UserError(f"{c.algo} for {kind} does not use --{name.replace('_', '-')}")
-    if c.device == "cpu" and not choices and c.algo in SHORT_NUMBERS:
-        ours = {n: x for n, x in SHORT_NUMBERS[c.algo].items() if getattr(c, n) is None}
-        notes["preset"] += "".join(f", {name} {x:g} instead of CORL's" for name, x in ours.items())
-        row |= ours
-    fill(c, row)
+    short = SHORT_NUMBERS.get(c.algo, {}) if c.device == "cpu" and not choices else {}
+    ours = {name: x for name, x in short.items() if getattr(c, name) is None}
+    notes["preset"] += "".join(f", {name} {x:g} instead of CORL's" for name, x in ours.items())
+    fill(c, row | ours)
 
 
 def evaluate(c):
     """Let a checkpoint act, and print how it went."""
-    given = {name: getattr(c, name) for name in ("episodes", "episode_limit", "device")}
-    if c != Config(evaluate=c.evaluate, **given):
+    given = {name: x for name, x in vars(c).items() if x != getattr(Config, name)}
+    if given.keys() - {"evaluate", "episodes", "episode_limit", "device"}:
         raise UserError("--evaluate takes --episodes, --episode-limit and --device only")
     from experiments.algorithms import make_learner
 
-    checkpoint = read_checkpoint(c.evaluate, FORMAT)
-    device = choose_device(c.device)
+    checkpoint, device = read_checkpoint(c.evaluate, FORMAT), choose_device(c.device)
     with reading(c.evaluate, "a checkpoint of experiments.baselines"):
-        typed = {name: x for name, x in given.items() if x is not None}
-        c = SimpleNamespace(**checkpoint["settings"] | typed)
+        vars(c).update(checkpoint["settings"] | given)
         environment = unpack(checkpoint["environment"])
         actor = Actor(make_learner(*environment.sizes(), c).policy)
         actor.load_state_dict(checkpoint["model"])
@@ -193,19 +178,17 @@ def main():
     c, notes = tyro.cli(Config, description=__doc__), {}
     if c.evaluate:
         return evaluate(c)
-    from tensordict import TensorDict  # here, so that sweep.py reads this file without TorchRL
-
-    from experiments.algorithms import make_learner
+    from experiments.algorithms import TensorDict, make_learner
 
     env, task = task_of_dataset(c.dataset) if c.dataset else (None, None)
     if task is None or c.env not in (None, env):  # --env says more than the dataset's name
         env, task = find_task(c.env or "hopper")
     device = choose_device(c.device)
     fill(c, SHORT if device.type == "cpu" else PAPER)
+    notes["task"] = f"{env}, {c.algo}"
     notes["preset"] = "short (no CUDA)" if device.type == "cpu" else "CORL's steps"
-    # What is no flag is read by rollouts and begin_run: one step is seen, unscaled, with no target.
     vars(c).update(env=env, device=str(device), method=c.algo)
-    vars(c).update(context=1, scale=1, dtype="fp32", targets=[None])
+    vars(c).update(context=1, scale=1, dtype="fp32", targets=[None], sample=False)  # for rollout
     if not 0 < c.ratio <= 1:
         raise UserError(f"--ratio is {c.ratio:g}, but must be above 0 and at most 1")
     dataset, share, notes["dataset"] = find_dataset(c.env, task, c.ratio, c.dataset, c.quality)
@@ -213,6 +196,7 @@ def main():
     choose_hyperparameters(c, notes, environment)
     subset = {"ratio": c.ratio / share, "mode": c.mode, "seed": c.seed, "rewards": task.rewards}
     data = load_trajectories(dataset, environment.action_space, c.scale, device=device, **subset)
+    environment, notes["replay"] = replay(environment, dataset, int(data.lengths.max()), task)
     transitions = make_transitions(data, c)
     if not (environment.spec.max_episode_steps or environment.spec.id.startswith("ALE/")):
         c.episode_limit = c.episode_limit or 10 * int(data.lengths.max())  # nothing else ends one
@@ -221,13 +205,11 @@ def main():
     learner.trained.to(device)
     actor = Actor(learner.policy).to(device)
     generator = torch.Generator(data.obs.device).manual_seed(c.seed)
-
     run = describe(c, notes, data, environment) | {"format": FORMAT, "base": None}
     folder = begin_run(c, run, learner.trained)
     log, stop, started = open_log(c, folder, run), StopSignals(), time.time()
     sums = defaultdict(list)  # each loss of the steps since the last row of the log
-    bar = tqdm(range(1, c.steps + 1), "training", mininterval=1)
-    for step in bar:
+    for step in (bar := tqdm(range(1, c.steps + 1), "training", mininterval=1)):
         stop.at_once = False
         batch = sample_transitions(transitions, c.batch, generator)
         for name, loss in learner.update(TensorDict(batch, [c.batch]).to(device)).items():
@@ -240,8 +222,8 @@ def main():
             log({"step": step, **means, "seconds": time.time() - started - run["evaluating"]})
         due = step % c.eval_every == 0 or step == c.steps
         if due or stop.number:
-            run |= {"step": step, "model": {n: x.cpu() for n, x in actor.state_dict().items()}}
-            run["seconds"] = time.time() - started
+            run |= {"step": step, "seconds": time.time() - started}
+            run["model"] = {name: x.cpu() for name, x in actor.state_dict().items()}
             save_checkpoint(folder / "ckpt.pt", run)
         if stop.number:
             print(f"stopped after step {step}; a baseline cannot be resumed, its policy is kept")

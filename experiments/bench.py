@@ -1,24 +1,25 @@
 """How fast it is, how far from what the machine can do, and how the cost grows.
 
-    python -m experiments.bench                     # all rows
+    python -m experiments.bench                     # of every size of language model
     python -m experiments.bench --models mini --only step act --json bench.json
-    python -m experiments.bench --only growth --plot growth.png
+    python -m experiments.bench --models mini --only growth --plot growth.png
 
-Everything is timed in one run at the same shapes: the machine's matrix products, a training step,
-the same step put together from transformers and peft, sampling, action selection, evaluations.
-Times are medians after a warm-up, on a device that has finished its work.
+One run times, at the same shapes, the machine's matrix products (the ceiling), a training step, the
+same step put together from transformers and peft (the peer), acting and evaluations. Columns:
 
-"Share" is the speed of the work's floor over the ceiling. The floor is the operations of the
-products with the blocks' frozen matrices, forward and backward to their inputs, and with the
-language model's head; attention, LoRA, embeddings, GELU and the optimiser count as nothing. The
-ceiling is how fast the machine does such products alone. MB are PyTorch's peak on a GPU.
+ms        median, of a device that has finished its work
+share     of it that the products would take at the ceiling: those with the blocks' frozen matrices,
+          forward and backward, and with the language model's head; all else counts as nothing
+ratio     of a step: times as fast as the peer; else environment steps a second, over one's alone
+mb        PyTorch's peak on a GPU
+first_s   seconds of a step's first call on a GPU, compiling included
+exponent  slope between two neighbours on logarithmic axes: 0 is free, 1 in proportion
 """
 
 import math
 import platform
 import time
 from collections import deque
-from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
 from statistics import median
@@ -31,48 +32,39 @@ import torch
 import torch.nn.functional as F
 import tyro
 
-from data import Trajectories, sample_windows
+from data import Trajectories, sample_text, sample_windows
 from evaluate import rollout
-from lora import inject_lora, mark_trainable, merged, round_frozen
+from lora import inject_lora, mark_trainable, round_frozen
 from model import GPT, GPTConfig, LaMo, Objective
 from tasks import Environment, make_env
 from train import choose_dtype
-from utils import UserError, choose_device, run_command, write_atomically, write_json
+from utils import choose_device, run_command, write_atomically, write_json
 
+SIZES = {  # of a language model, and the tokens of its blocks of text
+    "mini": (GPTConfig(3, 3, 192, 257, 256, dropout=0.0), 256),  # the short preset's
+    "gpt2": (GPTConfig(), 1024),
+    "gpt2-medium": (GPTConfig(24, 16, 1024), 1024),
+}
 BATCH, CONTEXT = 64, 20  # windows a step and environment steps of each, the paper's on MuJoCo
 OBS, ACT = 11, 3  # numbers of an observation and an action, Hopper's
 LM_BATCH = 2  # blocks of text a step, the paper's
 ENVIRONMENTS = 40  # 2 targets x 20 episodes, the paper's evaluation
 PAPER_RUN = 100_000, 40, 1000  # steps, evaluations, environment steps of the longest episode
 EPISODE_STEPS = 50  # of an evaluation timed here; a whole one has up to 1000
-TRANSITIONS = (10_000, 100_000, 1_000_000, 10_000_000)
-GROWTH = {"context": (5, 10, 20, 40, 80), "batch": (8, 16, 32, 64, 128)}
-GROWTH_ENVIRONMENTS = (1, 5, 10, 20, 40, 80)
+TRANSITIONS = (10_000, 100_000, 1_000_000, 10_000_000)  # what growth goes through
+CONTEXTS, BATCHES, ACTING = (5, 10, 20, 40, 80), (8, 16, 32, 64, 128), (1, 5, 10, 20, 40, 80)
+LONG_ENOUGH, CALLS = 6.0, 100  # seconds, and calls, after which nothing is timed again
 CPU = torch.device("cpu")
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
-
-
-@dataclass(frozen=True)
-class Size:
-    """A language model's shape, and how often what takes long is repeated."""
-
-    config: GPTConfig
-    lm_length: int  # tokens of a block of text
-    repeats: int  # timed ones, on a CPU; on a GPU always 50
-
-
-SIZES = {
-    "mini": Size(GPTConfig(3, 3, 192, 257, 256, dropout=0.0), 256, 50),  # the short preset's
-    "gpt2": Size(GPTConfig(), 1024, 5),
-    "gpt2-medium": Size(GPTConfig(24, 16, 1024), 1024, 3),
-}
+COLUMNS = {"ms": (12, ".3f"), "share": (7, ".0%"), "ratio": (7, ".2f"), "mb": (8, ".0f")}
+COLUMNS |= {"first_s": (8, ".1f"), "exponent": (10, ".2f")}  # their widths and formats
 
 
 @dataclass
 class Arguments:
     models: list[Literal["mini", "gpt2", "gpt2-medium"]] = field(default_factory=lambda: [*SIZES])
-    only: list[Literal["windows", "step", "act", "evaluate", "growth"]] = field(
-        default_factory=lambda: ["windows", "step", "act", "evaluate"]
+    only: list[Literal["step", "act", "evaluate", "growth"]] = field(
+        default_factory=lambda: ["step", "act", "evaluate"]
     )  # what to measure; growth is of the first of the models
     device: str | None = None  # cuda or cpu (default: cuda if there is one)
     json: str | None = None  # write the rows to this file, too
@@ -82,47 +74,28 @@ class Arguments:
 # --- measuring -----------------------------------------------------------------------------------
 
 
-def seconds(work, repeats, device):
-    """Median seconds of work(), called `repeats` times after 2, or a tenth as many, for warm-up."""
+def seconds(work, device):
+    """Median seconds of work(), called twice or more after once to warm up."""
     wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
     found = []
-    for _ in range(repeats + max(2, repeats // 10)):
+    while len(found) < 3 or (len(found) < CALLS and sum(found) < LONG_ENOUGH):
         wait()
         since = time.perf_counter()
         work()
         wait()
         found.append(time.perf_counter() - since)
-    return median(found[-repeats:])
+    return median(found[1:])
 
 
-def peak(device):
-    """MB that PyTorch had allocated at most on a GPU since this was last called; None on a CPU."""
-    if device.type != "cuda":
-        return None
-    most = torch.cuda.max_memory_allocated(device) / 1e6
-    torch.cuda.empty_cache()
-    torch.cuda.reset_peak_memory_stats(device)
-    return most
-
-
-def ceiling(config, device, dtype):
-    """Floating-point operations a second of a block's four products, each at its own share.
-
-    Over a step's 3 * BATCH * CONTEXT tokens, forward.
-    """
-    C, N = config.n_embd, 3 * BATCH * CONTEXT
-    times = 100 if device.type == "cuda" else 1  # so that launching and waiting do not count
-    total = 0.0
-    for n_in, n_out in ((C, 3 * C), (C, C), (C, 4 * C), (4 * C, C)):
-        x = torch.randn(N, n_in, device=device, dtype=dtype)
-        weight = torch.randn(n_out, n_in, device=device, dtype=dtype)
-
-        def products(x=x, weight=weight):
-            for _ in range(times):
-                F.linear(x, weight)
-
-        total += seconds(products, 30, device) / times
-    return block_operations(replace(config, n_layer=1), N, N) / total
+def add(rows, what, taken, **more):
+    """Append a row to rows, and print its COLUMNS; taken: seconds."""
+    row = {"what": what, "ms": 1000 * taken, **more}
+    rows.append(row)
+    line = f"{what:<52}"
+    for name, (width, form) in COLUMNS.items():
+        shown = "" if row.get(name) is None else format(row[name], form)
+        line += f"{shown:>{width}}"
+    print(line.rstrip(), flush=True)
 
 
 def block_operations(config, tokens, read):
@@ -133,7 +106,7 @@ def block_operations(config, tokens, read):
 
 
 def step_operations(config, lm_tokens):
-    """The floor of a training step: forward, and backward to the inputs."""
+    """What a training step multiplies at least: forward, and backward to the inputs."""
     actions = BATCH * CONTEXT
     forward = block_operations(config, 3 * actions, actions)
     forward += block_operations(config, lm_tokens, lm_tokens)
@@ -142,21 +115,21 @@ def step_operations(config, lm_tokens):
     return 2 * forward - unlearnt
 
 
-class Table:
-    """Rows, printed as they come."""
+def ceiling(rows, name, device, dtype):
+    """Operations a second of a block's four products over a step's trajectory tokens, forward."""
+    config = SIZES[name][0]
+    C, N = config.n_embd, 3 * BATCH * CONTEXT
+    draw = partial(torch.randn, device=device, dtype=DTYPES[dtype])
+    pairs = [(draw(N, n), draw(m, n)) for n, m in ((C, 3 * C), (C, C), (C, 4 * C), (4 * C, C))]
 
-    def __init__(self):
-        self.rows = []
-        print(f"{'what':<60}{'ms':>10}{'tokens/s':>10}{'share':>8}{'ratio':>8}{'MB':>8}")
+    def products():
+        for x, weight in 10 * pairs:  # so that launching and waiting hardly count
+            F.linear(x, weight)
 
-    def add(self, what, seconds, tokens=None, share=None, ratio=None, memory=None):
-        """share: of the ceiling; ratio: to what the row's name says; memory: MB at the peak."""
-        rate = None if tokens is None else tokens / seconds
-        row = {"what": what, "ms": 1000 * seconds, "tokens_per_s": rate}
-        self.rows.append(row | {"share_of_ceiling": share, "ratio": ratio, "peak_mb": memory})
-        cells = ((rate, "10.0f"), (share, "8.0%"), (ratio, "8.2f"), (memory, "8.0f"))
-        shown = [" " * int(form[:-3]) if x is None else format(x, form) for x, form in cells]
-        print(f"{what:<60}{1000 * seconds:10.3f}{''.join(shown)}", flush=True)
+    taken = seconds(products, device) / 10
+    most = block_operations(replace(config, n_layer=1), N, N) / taken
+    add(rows, f"{name}, a block's products, {dtype}: {most / 1e12:.3f} TFLOP/s", taken, share=1.0)
+    return most
 
 
 # --- a training step -----------------------------------------------------------------------------
@@ -166,19 +139,9 @@ def synthetic(n, device):
     """Trajectories of n random transitions in episodes of up to 1000 steps."""
     timestep = torch.arange(n) % 1000
     end = (torch.arange(n) - timestep + 1000).clamp(max=n)
-    E = len(end.unique())
-    return Trajectories(
-        obs=torch.randn(n, OBS, device=device),
-        act=torch.rand(n, ACT, device=device),
-        rtg=torch.randn(n, 1, device=device),
-        timestep=timestep.to(device),
-        end=end.to(device),
-        obs_mean=torch.zeros(OBS, device=device),
-        obs_std=torch.ones(OBS, device=device),
-        scale=1.0,
-        returns=np.ones(E),
-        lengths=np.full(E, 1000),
-    )
+    made = [torch.randn(n, size, device=device) for size in (OBS, ACT, 1)]
+    unused = dict.fromkeys(("obs_mean", "obs_std", "scale", "returns", "lengths"))  # by windows
+    return Trajectories(*made, timestep.to(device), end.to(device), **unused)
 
 
 def make_lamo(config, device, dtype):
@@ -192,49 +155,44 @@ def make_lamo(config, device, dtype):
     return lamo.to(device)
 
 
-def make_text(size, device):
-    """Random blocks of text, and what follows each token: both (LM_BATCH, L)."""
-    shape = LM_BATCH, size.lm_length
-    return [torch.randint(size.config.vocab_size, shape, device=device) for _ in range(2)]
-
-
-def autocast(device, dtype):
-    return torch.autocast(device.type, torch.bfloat16, enabled=dtype == "bf16")
-
-
-def training_step(losses, model, lm_coef, device, dtype):
+def make_step(model, objective, size, lm_coef, device, dtype, batch, context):
     """A function that does one step, as the loop of train.py does it.
 
-    losses: a function that returns the action loss and the language loss.
+    objective: called as model.Objective is; its first two losses count.
     """
+    config, lm_length = size
+    data, window_rng = synthetic(100_000, device), torch.Generator(device).manual_seed(0)
+    tokens = np.random.default_rng(0).integers(config.vocab_size, size=10**6, dtype=np.uint16)
+    text_rng = torch.Generator().manual_seed(0)
     trained = [p for p in model.parameters() if p.requires_grad]
     optimiser = torch.optim.AdamW(trained, lr=1e-4, weight_decay=1e-5, eps=1e-6, fused=True)
+    sums = torch.zeros(3, device=device)
 
     def step():
-        with autocast(device, dtype):
-            action_loss, lm_loss = losses()
-        (action_loss + lm_coef * lm_loss).backward()
+        window, text = sample_windows(data, batch, context, window_rng), None
+        if lm_coef:
+            text = sample_text(tokens, LM_BATCH, lm_length, text_rng)
+            text = [x.to(device, non_blocking=True) for x in text]
+        count = window[-1].sum().float()
+        with torch.autocast(device.type, torch.bfloat16, dtype == "bf16"):
+            action_loss, lm_loss = objective(window, count, text)[:2]
+        loss = action_loss + lm_coef * lm_loss
+        loss.backward()
         torch.nn.utils.clip_grad_norm_(trained, 0.25)
         optimiser.step()
         optimiser.zero_grad(set_to_none=True)
+        sums.add_(torch.stack([action_loss, lm_loss, torch.ones_like(loss)]).detach())
 
     return step
 
 
 def our_step(size, lm_coef, device, dtype, mode="eager", batch=BATCH, context=CONTEXT):
-    """This project's step, data drawn in it; mode: "eager", or torch.compile's."""
-    lamo, data = make_lamo(size.config, device, dtype), synthetic(100_000, device)
-    generator = torch.Generator(device).manual_seed(0)
+    """This project's step; mode: "eager", or torch.compile's."""
+    lamo = make_lamo(size[0], device, dtype)
     objective = Objective(lamo)
     if mode != "eager":
         objective = torch.compile(objective, mode=mode)
-    text = make_text(size, device) if lm_coef else None
-
-    def losses():
-        window = sample_windows(data, batch, context, generator)
-        return objective(window, window[-1].sum().float(), text)[:2]
-
-    return training_step(losses, lamo, lm_coef, device, dtype)
+    return make_step(lamo, objective, size, lm_coef, device, dtype, batch, context)
 
 
 def peer_model(config):
@@ -251,9 +209,8 @@ def peer_model(config):
     sizes |= {"state_dim": OBS, "act_dim": ACT, "max_ep_len": 1000, "vocab_size": config.vocab_size}
     sizes |= {k: config.dropout for k in ("resid_pdrop", "embd_pdrop", "attn_pdrop")}
     sizes |= {k: config.vocab_size - 1 for k in ("bos_token_id", "eos_token_id")}
-    model = DecisionTransformerModel(
-        DecisionTransformerConfig(activation_function="gelu_new", **sizes)
-    )
+    sizes["activation_function"] = "gelu_new"
+    model = DecisionTransformerModel(DecisionTransformerConfig(**sizes))
     trained = [f"embed_{part}" for part in ("timestep", "return", "state", "action", "ln")]
     where = {"target_modules": ["c_attn"], "modules_to_save": [*trained, "predict_action"]}
     lora = {"r": 16, "lora_alpha": 32, "lora_dropout": 0.1, "bias": "lora_only"}
@@ -263,65 +220,54 @@ def peer_model(config):
 
 def peer_step(size, lm_coef, device, dtype):
     """The same step with peer_model."""
-    model, body = peer_model(size.config)
+    model, body = peer_model(size[0])
     model.to(device)
-    data, generator = synthetic(100_000, device), torch.Generator(device).manual_seed(0)
-    text = make_text(size, device)
 
-    def losses():
-        rtg, obs, act, timestep, valid = sample_windows(data, BATCH, CONTEXT, generator)
+    def objective(window, count, text):
+        rtg, obs, act, timestep, valid = window
         inputs = {"states": obs, "actions": act, "rewards": rtg, "returns_to_go": rtg}
         out = model(**inputs, timesteps=timestep, attention_mask=valid.long())
         action_loss = F.mse_loss(out.action_preds.float()[valid], act[valid])
-        if not lm_coef:
-            return action_loss, 0.0
+        if text is None:
+            return action_loss, torch.zeros_like(action_loss)
         logits = F.linear(body(input_ids=text[0]).last_hidden_state, body.wte.weight).float()
         return action_loss, F.cross_entropy(logits.flatten(0, 1), text[1].flatten())
 
-    return training_step(losses, model, lm_coef, device, dtype)
+    return make_step(model, objective, size, lm_coef, device, dtype, BATCH, CONTEXT)
 
 
 # --- the rows ------------------------------------------------------------------------------------
 
 
-def bench_windows(table, device):
-    """Rows of sampling."""
-    for n in TRANSITIONS:
-        data, generator = synthetic(n, device), torch.Generator(device).manual_seed(0)
-        taken = seconds(partial(sample_windows, data, BATCH, CONTEXT, generator), 200, device)
-        table.add(f"sample {BATCH} windows of {CONTEXT} of {n:,} transitions", taken)
-
-
-def bench_steps(table, name, size, device, dtypes, ceilings):
-    """Rows of training steps of one size. Returns the seconds of train.py's step with language."""
-    repeats = 50 if device.type == "cuda" else size.repeats
-    modes = ["default", "reduce-overhead", "eager"] if device.type == "cuda" else ["eager"]
+def bench_steps(rows, name, device, ceilings):
+    """Rows of training steps. Returns the seconds of train.py's, with the language loss."""
+    config, lm_length = size = SIZES[name]
+    dtype, cuda = next(iter(ceilings)), device.type == "cuda"  # train.py's dtype comes first
+    modes = ["eager", "reduce-overhead", "default"] if cuda else ["eager"]  # train.py's last
     for lm_coef in (0, 0.1):
-        lm_tokens = LM_BATCH * size.lm_length if lm_coef else 0
-        tokens = 3 * BATCH * CONTEXT + lm_tokens
-        floor, times = step_operations(size.config, lm_tokens), {}
+        operations, peer = step_operations(config, LM_BATCH * lm_length if lm_coef else 0), None
+        what = f"{name}, step, lm_coef {lm_coef}"
+        add(rows, f"{what}, products alone", operations / ceilings[dtype], share=1.0)
+        kinds = [(f"peer, {x}", x, partial(peer_step, size, lm_coef, device, x)) for x in ceilings]
         for mode in modes:
-            peak(device)
-            step = our_step(size, lm_coef, device, dtypes[0], mode)
-            since = time.perf_counter()
-            step()
-            first = time.perf_counter() - since
-            times[mode] = taken = seconds(step, repeats, device)
-            what = f"step, {name}, lm_coef {lm_coef}, {dtypes[0]}, {mode}"
-            share = floor / taken / ceilings[dtypes[0]]
-            table.add(what, taken, tokens, share, memory=peak(device))
-            if mode != "eager":
-                table.add(f"  its first call, compiling ({mode})", first)
-            del step
+            make = partial(our_step, size, lm_coef, device, dtype, mode)
+            kinds.append((f"ours, {dtype}, {mode}", dtype, make))
+        for kind, precision, make in kinds:
             torch.compiler.reset()
-        for dtype in dtypes:
-            step = peer_step(size, lm_coef, device, dtype)
-            taken = seconds(step, max(2, repeats // 2), device)
-            what = f"  transformers + peft, {dtype}, eager (ratio: to {modes[0]} {dtypes[0]})"
-            share, ratio = floor / taken / ceilings[dtype], taken / times[modes[0]]
-            table.add(what, taken, tokens, share, ratio, peak(device))
+            step, more = make(), {}
+            if cuda:
+                torch.cuda.reset_peak_memory_stats(device)
+                since = time.perf_counter()
+                step()
+                more["first_s"] = time.perf_counter() - since
+            taken = seconds(step, device)
+            if cuda:
+                more["mb"] = torch.cuda.max_memory_allocated(device) / 1e6
+            peer = peer or taken
+            more |= {"share": operations / taken / ceilings[precision], "ratio": peer / taken}
+            add(rows, f"{what}, {kind}", taken, **more)
             del step
-    return times[modes[0]]
+    return taken
 
 
 def selection(lamo, n, device, dtype):
@@ -330,12 +276,12 @@ def selection(lamo, n, device, dtype):
     rtg, obs = torch.randn(n, 1, 1, device=device), torch.randn(n, 1, OBS, device=device)
     act = torch.rand(n, 1, ACT, device=device)
     timestep = torch.full((n, 1), 7, device=device)
-    rows = torch.arange(n, device=device)
+    alive = torch.arange(n, device=device)
 
     def select():
-        with torch.no_grad(), autocast(device, dtype):
+        with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, dtype == "bf16"):
             tokens.append(lamo.observe(rtg, obs, timestep)[:, 0])
-            lamo.act(torch.cat(tuple(tokens), dim=1)[rows]).float().cpu()
+            lamo.act(torch.cat(tuple(tokens), dim=1)[alive]).float().cpu()
             tokens.append(lamo.remember(act, timestep)[:, 0])
 
     for _ in range(CONTEXT):
@@ -343,169 +289,109 @@ def selection(lamo, n, device, dtype):
     return select
 
 
-def bench_acting(table, name, size, device, dtype, ceilings):
-    """Rows of action selection."""
-    lamo = make_lamo(size.config, device, dtype).eval()
-    repeats, alone = 50 if device.type == "cuda" else 2 * size.repeats, None
-    with merged(lamo) if dtype == "fp32" else nullcontext():  # as in a rollout
-        for n in (1, ENVIRONMENTS):
-            taken = seconds(selection(lamo, n, device, dtype), repeats, device)
-            tokens = n * (3 * CONTEXT - 1)
-            share = block_operations(size.config, tokens, n) / taken / ceilings[dtype]
-            alone = alone or taken
-            what = f"act, {name}, {n} environments (ratio: to alone)"
-            table.add(what, taken, tokens, share, n * alone / taken)
-            table.add("  for each environment step", taken / n)
+def bench_acting(rows, name, device, dtype, most):
+    """Rows of action selection, windows full; most: the ceiling."""
+    config, alone = SIZES[name][0], None
+    lamo = make_lamo(config, device, dtype).eval()
+    for n in (1, ENVIRONMENTS):
+        taken = seconds(selection(lamo, n, device, dtype), device)
+        alone = alone or taken
+        share = block_operations(config, n * (3 * CONTEXT - 1), n) / taken / most
+        add(rows, f"{name}, act, {n} at once", taken, share=share, ratio=n * alone / taken)
 
 
-def bench_evaluation(table, name, size, device, dtype):
-    """Rows of evaluations on hopper, environment time apart.
-
-    Returns the seconds of a step of ENVIRONMENTS episodes together.
-    """
+def bench_evaluation(rows, name, device, dtype):
+    """Rows of evaluations' steps on hopper. Returns the seconds of one of ENVIRONMENTS."""
     env = gym.make("Hopper-v5", terminate_when_unhealthy=False)  # so that episodes are whole
     environment = Environment(env.spec, env.observation_space, env.action_space, -20.3, 3234.3)
-    lamo, rates = make_lamo(size.config, device, dtype), {}
+    lamo, alone = make_lamo(SIZES[name][0], device, dtype), None
     c = SimpleNamespace(context=CONTEXT, scale=1000.0, mode="normal", dtype=dtype)
     c.episode_limit = EPISODE_STEPS
     stats = torch.zeros(OBS, device=device), torch.ones(OBS, device=device)
-    actions = np.random.default_rng(0).uniform(-1, 1, (ENVIRONMENTS, ACT)).astype(np.float32)
-    for targets, episodes in (([3600.0], 1), ([3600.0, 1800.0], ENVIRONMENTS // 2)):
-        n = len(targets) * episodes
+    action = np.full(ACT, 0.5, np.float32)
+    for n in (1, ENVIRONMENTS):
         envs = [make_env(environment.spec) for _ in range(n)]
         for env in envs:
             env.reset(seed=0)
-
-        def act(envs=envs):
-            for env, action in zip(envs, actions, strict=False):
-                env.step(action)
-
-        each = seconds(act, EPISODE_STEPS, CPU)
-        play = partial(rollout, lamo, environment, c, stats, targets, episodes)
-        taken = seconds(play, 1 if size.repeats < 20 else 3, device)
-        rates[n] = n * EPISODE_STEPS / taken
-        what = f"evaluate, {name}, {n} episodes of {EPISODE_STEPS} steps (ratio: to alone)"
-        table.add(what, taken, ratio=rates[n] / rates[1])
-        table.add(f"  of it the environments, a step of {n}", each)
-        table.add("  the rest, for each environment step", (taken / EPISODE_STEPS - each) / n)
-    return taken / EPISODE_STEPS
+        acting = seconds(lambda envs=envs: [env.step(action) for env in envs], CPU)
+        play = partial(rollout, lamo, environment, c, stats, [3600.0], n)
+        taken = seconds(play, device) / EPISODE_STEPS
+        alone = alone or taken
+        what = f"{name}, evaluate, a step of {n}"
+        add(rows, what, taken, ratio=n * alone / taken)
+        add(rows, f"{what}: the environments", acting)
+        add(rows, f"{what}: the rest", taken - acting)
+    return taken
 
 
-# --- growth --------------------------------------------------------------------------------------
-
-
-def grow(name, device, dtype):
-    """Yield (what grows, what is timed, its value, seconds); name: of the model, in SIZES.
-
-    One thing grows at a time, from where the other rows have them; models are without dropout.
-    """
-    mode, repeats = ("default", 50) if device.type == "cuda" else ("eager", SIZES[name].repeats)
-    for n in TRANSITIONS:
-        data, generator = synthetic(n, device), torch.Generator(device).manual_seed(0)
-        draw = partial(sample_windows, data, BATCH, CONTEXT, generator)
-        yield "transitions", "a batch of windows", n, seconds(draw, 200, device)
-    del data, draw
-    for kind, values in GROWTH.items():
+def bench_growth(rows, name, device, dtype):
+    """Rows of what one thing costs as another grows, from where the other rows have it."""
+    size, mode = SIZES[name], "default" if device.type == "cuda" else "eager"
+    step = partial(our_step, lm_coef=0, device=device, dtype=dtype, mode=mode)
+    sizes = {12 * c.n_layer * c.n_embd**2: (replace(c, dropout=0.0), n) for c, n in SIZES.values()}
+    lamo = make_lamo(size[0], device, dtype).eval()
+    draw = partial(sample_windows, batch=BATCH, context=CONTEXT, generator=torch.Generator(device))
+    for grows, timed, values, make in (
+        ("transitions", "a batch", TRANSITIONS, lambda n: partial(draw, synthetic(n, device))),
+        ("context", f"a step of {name}", CONTEXTS, lambda n: step(size, context=n)),
+        ("batch", f"a step of {name}", BATCHES, lambda n: step(size, batch=n)),
+        ("weights of the blocks", "a step", sizes, lambda n: step(sizes[n])),
+        ("environments", f"actions by {name}", ACTING, lambda n: selection(lamo, n, device, dtype)),
+    ):
+        before = None
         for value in values:
             torch.compiler.reset()  # or it would compile for any value at once
-            step = our_step(SIZES[name], 0, device, dtype, mode, **{kind: value})
-            yield kind, f"a step of {name}", value, seconds(step, repeats, device)
-    for size in SIZES.values():
-        torch.compiler.reset()
-        same = replace(size, config=replace(size.config, dropout=0.0))
-        step = our_step(same, 0, device, dtype, mode)
-        parameters = size.config.n_layer * 12 * size.config.n_embd**2
-        yield "parameters of the blocks", "a step", parameters, seconds(step, 3, device)
-    del step
-    lamo = make_lamo(SIZES[name].config, device, dtype).eval()
-    with merged(lamo) if dtype == "fp32" else nullcontext():
-        for n in GROWTH_ENVIRONMENTS:
-            select = selection(lamo, n, device, dtype)
-            yield "environments", f"actions by {name}", n, seconds(select, 2 * repeats, device)
-
-
-def bench_growth(name, device, dtype):
-    """Print rows of `grow`, and return them. The exponent is the slope between two neighbours on
-    logarithmic axes: 0 is free, 1 in proportion, 2 quadratic."""
-    print(f"{'what grows':<26}{'to':>12}  {'timed':<22}{'ms':>11}{'exponent':>10}")
-    rows = []
-    for grows, timed, value, taken in grow(name, device, dtype):
-        row = {"grows": grows, "timed": timed, "value": value, "ms": 1000 * taken, "exponent": None}
-        if rows and rows[-1]["grows"] == grows:
-            growth = math.log(row["ms"] / rows[-1]["ms"])
-            row["exponent"] = growth / math.log(value / rows[-1]["value"])
-        rows.append(row)
-        exponent = "" if row["exponent"] is None else f"{row['exponent']:.2f}"
-        print(f"{grows:<26}{value:>12,}  {timed:<22}{row['ms']:>11.3f}{exponent:>10}", flush=True)
-    return rows
+            row = {"grows": grows, "timed": timed, "value": value, "exponent": None}
+            taken = seconds(make(value), device)
+            if before:
+                row["exponent"] = math.log(taken / before[1]) / math.log(value / before[0])
+            add(rows, f"{timed}, {grows} {value:,}", taken, **row)
+            before = value, taken
 
 
 def plot(rows, path):
-    """A panel for each thing that grows, both axes logarithmic."""
+    """All that grows, and what it costs, both as multiples of the first, on logarithmic axes."""
     import matplotlib.pyplot as plt
-    from matplotlib.ticker import EngFormatter, LogLocator
 
-    kinds = list(dict.fromkeys(row["grows"] for row in rows))
-    figure, axes = plt.subplots(2, 3, figsize=(9, 6), layout="constrained")
-    for axis in axes.flat[len(kinds) :]:
-        axis.set_axis_off()
-    for axis, kind in zip(axes.flat, kinds, strict=False):
-        x = [row["value"] for row in rows if row["grows"] == kind]
-        y = [row["ms"] for row in rows if row["grows"] == kind]
-        linear = [y[-1] * value / x[-1] for value in x]
-        axis.loglog(x, linear, ":", color="#777777", label="in proportion")
-        axis.loglog(x, y, "o-", color="#0072B2", label="measured")
-        axis.minorticks_off()
-        axis.set_xticks(x, [EngFormatter(places=0, sep="")(value) for value in x])
-        axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-        axis.yaxis.set_major_formatter("{x:g}")
-        axis.set_ylim(min(y) / 2, max(y) * 2)
-        axis.set_xlabel(kind)
-        axis.set_ylabel("milliseconds")
-        axis.set_title(next(row["timed"] for row in rows if row["grows"] == kind), fontsize=11)
-        axis.grid(alpha=0.3)
-    axes.flat[0].legend(fontsize=9)
-    write_atomically(path, partial(figure.savefig, format="png", dpi=150))
+    figure, axis = plt.subplots(figsize=(8, 5), layout="constrained")
+    for kind in dict.fromkeys(row["grows"] for row in rows if "grows" in row):
+        same = [row for row in rows if row.get("grows") == kind]
+        first = same[0]
+        x = [row["value"] / first["value"] for row in same]
+        label = f"{first['timed']}, {kind} (first {first['value']:,}: {first['ms']:.2g} ms)"
+        axis.loglog(x, [row["ms"] / first["ms"] for row in same], "o-", label=label)
+    axis.loglog([1, 100], [1, 100], ":", color="gray", label="in proportion")
+    axis.set(xlabel="times as much", ylabel="times as long")
+    axis.grid(alpha=0.3)
+    axis.legend()
+    write_atomically(path, partial(figure.savefig, format="png", dpi=120))
 
 
 def main():
-    args = tyro.cli(Arguments, description=__doc__)
-    if args.plot and "growth" not in args.only:
-        raise UserError("--plot draws growth: give --only growth, too")
+    args, rows = tyro.cli(Arguments, description=__doc__), []
     device = choose_device(args.device)
-    machine = {"device": str(device), "processor": platform.processor() or platform.machine()}
-    if device.type == "cuda":
-        machine["processor"] = torch.cuda.get_device_name(device)
-    machine |= {"threads": torch.get_num_threads(), "torch": torch.__version__}
-    print(", ".join(f"{key} {value}" for key, value in machine.items()))
+    chip = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
+    machine = f"{chip}, {torch.get_num_threads()} threads, torch {torch.__version__}"
+    print(f"{machine:<52}" + "".join(f"{name:>{width}}" for name, (width, _) in COLUMNS.items()))
     dtypes = ["bf16", "fp32"] if choose_dtype(device) == "bf16" else ["fp32"]
-    table, growth = Table(), []
-    if "windows" in args.only:
-        bench_windows(table, device)
-    for name in args.models if {"step", "act", "evaluate"} & {*args.only} else ():
-        size = SIZES[name]
-        ceilings = {dtype: ceiling(size.config, device, DTYPES[dtype]) for dtype in dtypes}
-        for dtype, operations in ceilings.items():
-            tokens = 3 * BATCH * CONTEXT
-            what = f"ceiling, {name}, {dtype}: {operations / 1e12:.3f} TFLOP/s; all blocks once"
-            taken = block_operations(size.config, tokens, tokens) / operations
-            table.add(what, taken, tokens, 1.0)
+    for name in args.models if {*args.only} - {"growth"} else ():
+        ceilings = {dtype: ceiling(rows, name, device, dtype) for dtype in dtypes}
         if "step" in args.only:
-            step = bench_steps(table, name, size, device, dtypes, ceilings)
+            step = bench_steps(rows, name, device, ceilings)
         if "act" in args.only:
-            bench_acting(table, name, size, device, dtypes[0], ceilings)
+            bench_acting(rows, name, device, dtypes[0], ceilings[dtypes[0]])
         if "evaluate" in args.only:
-            played = bench_evaluation(table, name, size, device, dtypes[0])
-            if "step" in args.only:
-                steps, evaluations, length = PAPER_RUN
-                what = f"{steps:,} steps and {evaluations} whole evaluations, extrapolated"
-                table.add(what, steps * step + evaluations * length * played)
-    if "growth" in args.only:
-        growth = bench_growth(args.models[0], device, dtypes[0])
+            played = bench_evaluation(rows, name, device, dtypes[0])
+        if {"step", "evaluate"} <= {*args.only}:
+            steps, evaluations, length = PAPER_RUN
+            taken = steps * step + evaluations * length * played
+            add(rows, f"{name}, {steps:,} steps and {evaluations} evaluations, in all", taken)
+    if "growth" in args.only or args.plot:
+        bench_growth(rows, args.models[0], device, dtypes[0])
     if args.json:
-        write_json(args.json, {"machine": machine, "rows": table.rows, "growth": growth})
+        write_json(args.json, {"machine": machine, "rows": rows})
     if args.plot:
-        plot(growth, args.plot)
+        plot(rows, args.plot)
 
 
 if __name__ == "__main__":

@@ -2,9 +2,6 @@
 
 import json
 import signal
-import subprocess
-import sys
-import time
 from types import SimpleNamespace
 
 import gymnasium as gym
@@ -16,6 +13,7 @@ import torch.nn as nn
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from minari.data_collector import EpisodeBuffer
+from runs import call, finish, start, wait_for
 from tensordict import TensorDict
 
 from data import Trajectories
@@ -208,19 +206,14 @@ def test_the_conservative_term_is_the_integral_it_estimates(monkeypatch):
     assert conservative(learner.trained, batch).item() == pytest.approx(expected, abs=0.05)
 
 
-def command(monkeypatch, *arguments):
-    monkeypatch.setattr(sys, "argv", ["baselines", *map(str, arguments)])
-    baselines.main()
-
-
-def check_run(folder, monkeypatch, capsys):
+def check_run(folder, capsys):
     """A finished run has train.py's files, and its policy acts as it did. Returns its settings."""
     names = ["best.pt", "ckpt.pt", "config.json", "log.jsonl", "result.json"]
     assert sorted(path.name for path in folder.iterdir()) == names
     last = json.loads((folder / "log.jsonl").read_text().splitlines()[-1])["evaluation"][0]
     assert json.loads((folder / "result.json").read_text())["target"] is None
     capsys.readouterr()
-    command(monkeypatch, "--evaluate", folder / "ckpt.pt")
+    call(baselines.main, "--evaluate", folder / "ckpt.pt")
     assert f"{last['return_mean']:.1f} ± {last['return_std']:.1f}" in capsys.readouterr().out
     return json.loads((folder / "config.json").read_text())["settings"]
 
@@ -229,10 +222,10 @@ SHORT = ["--steps", 20, "--eval-every", 10, "--episodes", 2, "--log-every", 5, "
 
 
 @pytest.mark.parametrize("algo", list(NUMBERS))
-def test_a_run_is_a_run_like_any_other(algo, monkeypatch, capsys, tmp_path):
+def test_a_run_is_a_run_like_any_other(algo, capsys, tmp_path):
     arguments = ["--algo", algo, "--env", "reacher2d", "--batch", 16]
-    command(monkeypatch, *arguments, *SHORT, "--out", tmp_path)
-    found = check_run(tmp_path / "run", monkeypatch, capsys)
+    call(baselines.main, *arguments, *SHORT, "--out", tmp_path)
+    found = check_run(tmp_path / "run", capsys)
     expected = NUMBERS[algo] | baselines.SHORT_NUMBERS.get(algo, {}) | {"batch": 16}
     assert {name: found[name] for name in expected} == expected
     assert found["target_every"] is None  # of choices
@@ -253,21 +246,18 @@ def test_choices_from_frames(algo, monkeypatch, capsys, tmp_path):
     episode = EpisodeBuffer(**what, **ends)
     minari.create_dataset_from_buffers("atari/pong/expert-v0", [episode], env=env)
     arguments = ["--algo", algo, "--env", "pong", "--batch", 4, "--episode-limit", 10]
-    command(monkeypatch, *arguments, *SHORT, "--steps", 3, "--out", tmp_path)
-    clipped = check_run(tmp_path / "run", monkeypatch, capsys)["clip_rewards"]
+    call(baselines.main, *arguments, *SHORT, "--steps", 3, "--out", tmp_path)
+    clipped = check_run(tmp_path / "run", capsys)["clip_rewards"]
     assert clipped or algo == "bc"
 
 
-def test_a_run_that_is_stopped_keeps_its_policy(monkeypatch, tmp_path):
+def test_a_run_that_is_stopped_keeps_its_policy(tmp_path):
     words = "-m experiments.baselines --algo bc --env reacher2d --eval-every 5000 --log-every 1"
-    words = [sys.executable, *words.split(), "--name", "run", "--out", str(tmp_path)]
-    process = subprocess.Popen(words)
-    log = tmp_path / "run" / "log.jsonl"
-    while not (log.exists() and log.stat().st_size) and process.poll() is None:
-        time.sleep(0.05)
+    process = start(*words.split(), "--name", "run", "--out", tmp_path)
+    wait_for(tmp_path / "run/log.jsonl", process)
     process.send_signal(signal.SIGTERM)
-    assert process.wait() == 143
-    command(monkeypatch, "--evaluate", tmp_path / "run" / "ckpt.pt", "--episodes", 1)
+    finish(process, 143)
+    call(baselines.main, "--evaluate", tmp_path / "run" / "ckpt.pt", "--episodes", 1)
 
 
 @pytest.mark.parametrize(
@@ -280,7 +270,7 @@ def test_a_run_that_is_stopped_keeps_its_policy(monkeypatch, tmp_path):
         (["--evaluate", "nowhere.pt", "--lr", "1"], "--evaluate"),
     ],
 )
-def test_mistakes_are_one_line(arguments, says, monkeypatch):
+def test_mistakes_are_one_line(arguments, says):
     ratio = [] if "--evaluate" in arguments else ["--ratio", 0.01]
     with pytest.raises(UserError, match=says):
-        command(monkeypatch, *ratio, *arguments)
+        call(baselines.main, *ratio, *arguments)

@@ -1,6 +1,7 @@
 """A run that is stopped, killed or out of disk goes on and ends as an undisturbed one, to the bit.
 
-LAMO_KILLS=30 python -m pytest -s tests/test_resume.py kills more often, a line for each kill.
+LAMO_KILLS=30 python -m pytest -s tests/test_resume.py kills more often, a line for each kill;
+LAMO_SOAK=20000 also trains this many steps and watches what the process holds.
 """
 
 import os
@@ -11,6 +12,7 @@ import shutil
 import signal
 import time
 from functools import partial
+from pathlib import Path
 from types import SimpleNamespace
 
 import h5py
@@ -28,6 +30,7 @@ from train import build_model, read_checkpoint
 from utils import UserError
 
 KILLS = int(os.environ.get("LAMO_KILLS", "2"))
+SOAK = int(os.environ.get("LAMO_SOAK", "0"))
 LONG = [*SHORT, "--steps", 80, "--eval-every", 30, "--log-every", 5]  # some seconds
 SLOW_DISK = """
 import os, runpy, time
@@ -126,6 +129,24 @@ def test_a_killed_run_ends_as_a_whole_one(whole, tmp_path):
         elif "result.json" not in left:
             call(train.main, "--resume", folder)
         assert_same(outcome(folder), whole)
+
+
+@pytest.mark.skipif(not SOAK, reason="LAMO_SOAK says how many steps")
+def test_memory_open_files_and_threads_stay_flat(tmp_path):
+    """The second half of a run with 20 evaluations holds no more than what is before it."""
+    words = ["--steps", SOAK, "--eval-every", SOAK // 20, "--episode-limit", 100]
+    process = start("train.py", *SHORT, *words, "--out", tmp_path, "--name", "run")
+    system, held = Path("/proc", str(process.pid)), []
+    while "training" not in process.stderr.readline():
+        assert process.poll() is None
+    while process.stderr.readline():  # a line a second: its bar
+        memory = int((system / "statm").read_text().split()[1]) * resource.getpagesize()
+        held.append([memory / 2**20, *(len(os.listdir(system / x)) for x in ("fd", "task"))])
+    finish(process)
+    before, after = (np.array(part) for part in np.array_split(held[len(held) // 10 :], 2))
+    print(f"{SOAK} steps, MiB, files, threads: {before.min(0)} to {before.max(0)}, then the same")
+    print(f"{after.min(0)} to {after.max(0)}")
+    assert (after.max(0) <= before.max(0) * [1.05, 1, 1]).all()
 
 
 # --- what goes wrong -----------------------------------------------------------------------------
