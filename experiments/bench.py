@@ -56,7 +56,7 @@ CONTEXTS, BATCHES, ACTING = (5, 10, 20, 40, 80), (8, 16, 32, 64, 128), (1, 5, 10
 LONG_ENOUGH, CALLS = 6.0, 100  # seconds, and calls, after which nothing is timed again
 CPU = torch.device("cpu")
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
-COLUMNS = {"ms": (12, ".3f"), "share": (7, ".0%"), "ratio": (7, ".2f"), "mb": (8, ".0f")}
+COLUMNS = {"ms": (15, ",.3f"), "share": (7, ".0%"), "ratio": (7, ".2f"), "mb": (8, ".0f")}
 COLUMNS |= {"first_s": (8, ".1f"), "exponent": (10, ".2f")}  # their widths and formats
 
 
@@ -91,7 +91,7 @@ def add(rows, what, taken, **more):
     """Append a row to rows, and print its COLUMNS; taken: seconds."""
     row = {"what": what, "ms": 1000 * taken, **more}
     rows.append(row)
-    line = f"{what:<52}"
+    line = f"{what:<50}"
     for name, (width, form) in COLUMNS.items():
         shown = "" if row.get(name) is None else format(row[name], form)
         line += f"{shown:>{width}}"
@@ -372,7 +372,7 @@ def main():
     device = choose_device(args.device)
     chip = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
     machine = f"{chip}, {torch.get_num_threads()} threads, torch {torch.__version__}"
-    print(f"{machine:<52}" + "".join(f"{name:>{width}}" for name, (width, _) in COLUMNS.items()))
+    print(f"{machine:<50}" + "".join(f"{name:>{width}}" for name, (width, _) in COLUMNS.items()))
     dtypes = ["bf16", "fp32"] if choose_dtype(device) == "bf16" else ["fp32"]
     for name in args.models if {*args.only} - {"growth"} else ():
         ceilings = {dtype: ceiling(rows, name, device, dtype) for dtype in dtypes}
@@ -385,7 +385,8 @@ def main():
         if {"step", "evaluate"} <= {*args.only}:
             steps, evaluations, length = PAPER_RUN
             taken = steps * step + evaluations * length * played
-            add(rows, f"{name}, {steps:,} steps and {evaluations} evaluations, in all", taken)
+            what = f"{name}, {steps:,} steps, {evaluations} evaluations"
+            add(rows, f"{what}: {taken / 3600:.1f} h", taken)
     if "growth" in args.only or args.plot:
         bench_growth(rows, args.models[0], device, dtypes[0])
     if args.json:

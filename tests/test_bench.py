@@ -57,7 +57,7 @@ def test_rows_are_written_and_growth_is_drawn(monkeypatch, tmp_path):
     files = ["--json", tmp_path / "rows.json", "--plot", tmp_path / "growth.png"]
     call(bench.main, "--models", "mini", "--device", "cpu", *files)
     rows = json.loads((tmp_path / "rows.json").read_text())["rows"]
-    kinds = ["a block's", "peer", "ours", "act", "evaluate", "in all"]
+    kinds = ["a block's", "peer", "ours", "act", "evaluate", " h"]
     kinds += ["transitions", "context", "batch", "environments"]
     assert not [kind for kind in kinds if not any(kind in row["what"] for row in rows)]
     assert (tmp_path / "growth.png").read_bytes().startswith(b"\x89PNG")
