@@ -141,7 +141,7 @@ def choose_hyperparameters(c, notes, environment):
     if c.algo != "bc":
         scaled = c.algo in ("iql", "cql") and c.env in ("hopper", "halfcheetah", "walker2d")
         clipped = environment.spec.id.startswith("ALE/") and c.mode == "normal"
-        row |= {"return_span": 1000.0 if scaled else 0.0, "clip_rewards": clipped}
+        row |= {"return_span": 1000.0 if scaled else 0.0, "clip_rewards": clipped}  # CORL's 1000
     if len(shape) == 3:  # frames
         del row["layers"]  # the convolutions are what they are
     every = set().union(*NUMBERS.values(), *CHOICES.values(), {"return_span", "clip_rewards"})

@@ -353,17 +353,17 @@ def plot(rows, path):
     """All that grows, and what it costs, both as multiples of the first, on logarithmic axes."""
     import matplotlib.pyplot as plt
 
-    figure, axis = plt.subplots(figsize=(8, 5), layout="constrained")
+    figure, axis = plt.subplots(figsize=(10, 6), layout="constrained")
     for kind in dict.fromkeys(row["grows"] for row in rows if "grows" in row):
         same = [row for row in rows if row.get("grows") == kind]
         first = same[0]
         x = [row["value"] / first["value"] for row in same]
-        label = f"{first['timed']}, {kind} (first {first['value']:,}: {first['ms']:.2g} ms)"
+        label = f"{first['timed']}, {kind} (from {first['value']:,}: {first['ms']:.3g} ms)"
         axis.loglog(x, [row["ms"] / first["ms"] for row in same], "o-", label=label)
     axis.loglog([1, 100], [1, 100], ":", color="gray", label="in proportion")
     axis.set(xlabel="times as much", ylabel="times as long")
     axis.grid(alpha=0.3)
-    axis.legend()
+    figure.legend(loc="outside lower center", ncols=2)
     write_atomically(path, partial(figure.savefig, format="png", dpi=120))
 
 
