@@ -8,33 +8,40 @@
 Every run is a process of train.py or experiments/baselines.py with a folder of its own in --out,
 named after its place in the grid. The same command continues a sweep that was stopped: finished
 runs are skipped and interrupted ones resumed (baselines, which cannot resume, begin anew). A run
-that fails does not stop the others; the end of its output is printed at the end.
+that fails does not stop the others; the end of its output is printed at the end. On a cluster every
+run is a job that saves before its time limit or a preemption, and is queued again. Jobs go on when
+this command is stopped, and the same command waits for them.
 """
 
+import io
 import json
 import os
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
 import time
+from contextlib import redirect_stderr
 from dataclasses import dataclass
+from functools import partial
 from itertools import product
 from pathlib import Path
+from typing import Literal
 
 import tyro
-from tqdm import tqdm
 
 from tasks import find_task
 from train import METHODS
-from utils import StopSignals, UserError, choose, run_command, write_atomically, write_json
+from utils import StopSignals, UserError, choose, reason, run_command, write_json
 
 ALGORITHMS = ("bc", "td3bc", "iql", "cql", "bcq", "nfq")  # the other methods are train.py's
 PROBE_STEPS = 20  # after which a step's time is known
+OWN_FLAGS = "--env --method --algo --ratio --seed --lm --out --name --resume"  # given to each run
 POLL_SECONDS = 0.5  # between looks at the runs' logs
+QUEUE_SECONDS = 5  # between looks at SLURM's queue
 
-SEEDS = (0, 1, 2)
 PAPER_METHODS = ("lamo", "dt", "wiki-rl", "cql", "iql", "td3bc", "bc")  # tables 1 and 3
 ATARI_METHODS = ("lamo", "dt", "wiki-rl", "cql", "bcq", "nfq", "bc")  # table 2
 ABLATIONS = ("lamo", "lamo-nolm", "lamo-linear", "lamo-freeze", "lamo-full", "lamo-random", "dt")
@@ -52,18 +59,19 @@ class Config:
     flags: str = ""  # more flags for each run, in quotes: --flags "--steps 500"
     out: str = "runs"  # where the runs' folders are
     workers: int = 1  # runs at a time
-    threads: int | None = None  # CPU threads of a run; None: OMP_NUM_THREADS, or the cores shared
+    threads: int | None = None  # CPU threads of a run; None: the cores shared, or 4 on a cluster
     dry_run: bool = False  # only list the runs and how long they take
-    cluster: str | None = None  # slurm; or local, which is submitit without a cluster
+    cluster: Literal["slurm", "local"] | None = None  # local: submitit without a cluster
     partition: str | None = None  # SLURM's
     gpus: int = 1  # of a run on SLURM
-    minutes: int = 24 * 60  # a run's limit on the cluster
+    minutes: int = 24 * 60  # a job's limit; the run saves before it and is queued again
+    slurm: tyro.conf.UseAppendAction[tuple[str, ...]] = ()  # more for sbatch: --slurm mem=8G
 
 
 # --- which runs ----------------------------------------------------------------------------------
 
 
-def grid(env, method=("lamo",), ratio=(1.0,), seed=SEEDS, lm=(None,)):
+def grid(env, method=("lamo",), ratio=(1.0,), seed=(0, 1, 2), lm=(None,)):
     """Every combination, as dictionaries; seeds outermost, so that each is a whole study."""
     names = ("seed", "env", "ratio", "method", "lm")
     return [dict(zip(names, row, strict=True)) for row in product(seed, env, ratio, method, lm)]
@@ -78,15 +86,10 @@ STUDIES = {  # the paper's tables by their numbers in it, and what the README re
     "table2": grid(["breakout", "qbert", "pong"], ATARI_METHODS, (0.1, 1.0)),
     "table3": grid(["hopper", "halfcheetah", "walker2d"], PAPER_METHODS, (0.005, 0.01, 0.1, 1.0)),
     "ratios": grid(["hopper"], ("lamo", "lamo-random", "dt"), (0.005, 0.01, 0.05, 0.1)),
-    "ablations": [
-        *grid(["hopper"], ABLATIONS, (0.01,)),
-        *grid(["reacher2d"], ABLATIONS),
-    ],
+    "ablations": [*grid(["hopper"], ABLATIONS, (0.01,)), *grid(["reacher2d"], ABLATIONS)],
     "bundled": [  # on what comes with the project; "ratios" needs a full recording first
-        *grid(["hopper"], METHODS, (0.01,)),
-        *grid(["reacher2d"], METHODS),
-        *grid(["hopper"], ("bc", "td3bc", "iql", "cql"), (0.01,)),
-        *grid(["reacher2d"], ("bc", "td3bc", "iql", "cql")),
+        *grid(["hopper"], (*METHODS, *ALGORITHMS[:4]), (0.01,)),
+        *grid(["reacher2d"], (*METHODS, *ALGORITHMS[:4])),
         *grid(["hopper"], ("lamo",), (0.01,), lm=OTHER_LMS),
         *grid(["reacher2d"], ("lamo",), lm=OTHER_LMS),
         *grid(["walker2d", "halfcheetah"], ("lamo", "lamo-random", "dt", "bc"), (0.01,)),
@@ -124,8 +127,6 @@ def runs_of(args):
     for run in runs:
         run = run | {"env": find_task(run["env"])[0]}  # as it is written in tasks.py
         choose("method", run["method"], [*METHODS, *ALGORITHMS])
-        if not 0 < run["ratio"] <= 1:
-            raise UserError(f"--ratio has {run['ratio']:g}, but must be above 0 and at most 1")
         if by_name.setdefault(name_of(run), run) != run:
             raise UserError(f"two runs would be called {name_of(run)}; change --ratio or --lm")
     return list(by_name.values())
@@ -137,9 +138,9 @@ def flags_of(text):
         words = shlex.split(text)
     except ValueError as error:
         raise UserError(f"--flags {text}: {error}") from error
-    for flag in ("env", "method", "algo", "ratio", "seed", "lm", "out", "name", "resume"):
-        if any(word.split("=")[0] == f"--{flag}" for word in words):
-            raise UserError(f"--flags has --{flag}, which the sweep gives each run; leave it out")
+    for word in words:
+        if word.split("=")[0] in OWN_FLAGS.split():
+            raise UserError(f"--flags has {word}, which the sweep gives each run; leave it out")
     return words
 
 
@@ -155,21 +156,26 @@ def state_of(run, out):
 
 
 def log_of(run, out):
-    """Where what a run prints goes. The first line has the --flags it was begun with."""
+    """Where what a run prints goes."""
     return Path(out) / "logs" / f"{name_of(run)}.txt"
 
 
-def heading(flags):
-    return f"flags: {shlex.join(flags)}\n"
+def write_record(run, out, flags, job=None):
+    """Write down the --flags that a run is begun with, and the id of its job."""
+    write_json(log_of(run, out).with_suffix(".json"), {"flags": shlex.join(flags), "job": job})
 
 
-def start(run, out, flags, threads, apart=True):
-    """The process, a subprocess.Popen, that begins or resumes a run.
+def record_of(run, out):
+    """What write_record wrote, or an empty dictionary."""
+    path = log_of(run, out).with_suffix(".json")
+    return json.loads(path.read_text()) if path.is_file() else {}
 
-    apart: whether a Ctrl-C in this terminal does not reach it.
-    """
-    folder = Path(out) / name_of(run)
-    if run["method"] not in ALGORITHMS and (folder / "ckpt.pt").is_file():
+
+def start(run, out, flags, threads, **how):
+    """The process, a subprocess.Popen made as `how` says, that begins or resumes a run."""
+    folder, log = Path(out) / name_of(run), log_of(run, out)
+    resumes = run["method"] not in ALGORITHMS and (folder / "ckpt.pt").is_file()
+    if resumes:
         command = ["train.py", "--resume", str(folder)]
     else:
         if folder.exists():  # a baseline's, or a run that saved nothing yet
@@ -180,26 +186,16 @@ def start(run, out, flags, threads, apart=True):
         command += ["--env", run["env"], "--ratio", str(run["ratio"]), "--seed", str(run["seed"])]
         command += ["--lm", run["lm"]] if run["lm"] else []
         command += ["--out", str(out), "--name", name_of(run), *flags]
-        write_atomically(log_of(run, out), lambda file: file.write(heading(flags).encode()))
-    with open(log_of(run, out), "a") as log:
-        return subprocess.Popen(
-            [sys.executable, *command],
-            env=os.environ | {"OMP_NUM_THREADS": str(threads)},
-            stdout=log,
-            stderr=subprocess.STDOUT,
-            start_new_session=apart,
-        )
-
-
-def carry_out(run, out, flags, threads):
-    """A run's job on a cluster."""
-    start(run, out, flags, threads, apart=False).wait()
+    log.parent.mkdir(parents=True, exist_ok=True)
+    how["env"] = os.environ | {"OMP_NUM_THREADS": str(threads)}
+    with open(log, "a" if resumes else "w") as file:
+        return subprocess.Popen([sys.executable, *command], stdout=file, stderr=file, **how)
 
 
 def last_lines(run, out, n=5):
     """The end of a run's output, without its progress bars."""
     text = log_of(run, out).read_text(errors="replace") if log_of(run, out).is_file() else ""
-    lines = [line for line in text.replace("\r", "\n").splitlines()[1:] if line.strip()]
+    lines = [line for line in text.replace("\r", "\n").splitlines() if line.strip()]
     return [line for line in lines if "it/s" not in line and "s/it" not in line][-n:]
 
 
@@ -217,95 +213,67 @@ def progress_of(run, out):
     return 0, steps, 0.0
 
 
-def measure(run, flags, threads, stop):
-    """(steps in all, seconds a step), by beginning a run in a temporary folder.
-
-    Prints why, and returns (0, 0.0), where that fails: so would the real one.
-    """
+def measure(run, flags, threads):
+    """(steps in all, seconds a step), by beginning a run in a temporary folder. Where that fails,
+    as the real one would, it prints why, and the seconds are 0."""
     print(f"measuring {PROBE_STEPS} steps of {name_of(run)}", flush=True)
     with tempfile.TemporaryDirectory() as aside:
-        process = start(run, aside, [*flags, "--log-every", str(PROBE_STEPS)], threads)
+        words = [*flags, "--log-every", str(PROBE_STEPS)]
+        process = start(run, aside, words, threads, start_new_session=True)
         try:
-            while not (progress_of(run, aside)[0] or stop.number) and process.poll() is None:
+            while not progress_of(run, aside)[0] and process.poll() is None:
                 time.sleep(0.1)
         finally:
             process.terminate()
             process.wait()
-        if stop.number:
-            raise SystemExit(128 + stop.number)
         _, steps, seconds = progress_of(run, aside)
         if not seconds:
             print(f"{name_of(run)} will fail:", *last_lines(run, aside), sep="\n    ", flush=True)
-            return 0, 0.0
     return steps, seconds
 
 
 # --- all of them ---------------------------------------------------------------------------------
 
 
-def check_flags(runs, out, flags):
-    """Raises UserError where a run that is there was begun with other flags than are given now."""
-    for run in runs:
-        if state_of(run, out) != "new" and log_of(run, out).is_file():
-            with open(log_of(run, out), errors="replace") as log:
-                had = log.readline()
-            if had != heading(flags) and had.startswith("flags: "):
-                what = f"{name_of(run)} was begun with other --flags ({had[7:].strip() or 'none'})"
-                raise UserError(f"{what}; give the same again, or another --out")
-
-
-def estimate(runs, out, flags, workers, threads, stop):
-    """Print the runs and, from measured step times, how long they will take together.
-
-    Step times are kept in out/probes.json. Seeds share one; ratios do not, for a dataset may hold a
-    part only. Returns the runs that will fail.
-    """
+def estimate(runs, out, flags, workers, threads):
+    """Print the runs and, from step times, which are kept in out/probes.json, how long they take.
+    Seeds share a time; ratios do not, for a dataset may hold a part. Returns what will fail."""
     kept, total, failing = Path(out) / "probes.json", 0.0, []
     known = json.loads(kept.read_text()) if kept.is_file() else {}
     for run in runs:
         done, steps, seconds = progress_of(run, out)
-        done = 0 if run["method"] in ALGORITHMS else done  # baselines begin anew
         if not seconds:
             place = [run["env"], run["method"], f"{run['ratio']:g}", run["lm"] or "", *flags]
             key = f"{shlex.join(place)}, {threads} threads"
             if key not in known:
-                known[key] = measure(run, flags, threads, stop)
+                known[key] = measure(run, flags, threads)
                 write_json(kept, {kind: found for kind, found in known.items() if found[1]})
             steps, seconds = known[key]
         failing += [] if seconds else [run]
         left = (steps - done) * seconds
-        total += left
+        total += left / workers / 3600
         what = f"{steps - done:7} steps {left / 60:6.1f} min" if seconds else "fails"
         print(f"{state_of(run, out):12} {name_of(run):45} {what}")
-    hours = total / workers / 3600
-    fails = f"; {len(failing)} of them will fail" if failing else ""
-    print(f"{len(runs)} run(s), {workers} at a time: {hours:.1f} h without evaluations{fails}")
+    print(f"{len(runs)} run(s), {workers} at a time: {total:.1f} h without evaluations")
     return failing
 
 
 def run_locally(runs, out, flags, workers, threads, stop):
-    """Carry out runs, `workers` at a time, with one bar. A signal lets those at work save."""
-    waiting, working, ended = list(runs), {}, 0
-    form = "{l_bar}{bar}| {n:.2f}/{total} runs [{elapsed}<{remaining}]"
-    with tqdm(total=len(runs), desc="sweep", bar_format=form) as bar:
-        try:
-            while (waiting or working) and not stop.number:
-                while waiting and len(working) < workers:
-                    run = waiting.pop(0)
-                    working[start(run, out, flags, threads)] = run
-                time.sleep(POLL_SECONDS)
-                for process, run in list(working.items()):
-                    if process.poll() is not None:
-                        del working[process]
-                        ended += 1
-                        if process.returncode:
-                            bar.write(f"failed: {name_of(run)}")
-                steps = [progress_of(run, out)[:2] for run in working.values()]
-                bar.n = round(ended + sum(step / most for step, most in steps if most), 2)
-                bar.update(0)  # draws, if it is time to
-        finally:  # also where a second signal ends this at once
-            for process in working:
-                process.terminate()
+    """Carry out runs, `workers` at a time. A signal lets those at work save."""
+    waiting, working = list(runs), {}
+    try:
+        while (waiting or working) and not stop.number:
+            while waiting and len(working) < workers:
+                run = waiting.pop(0)
+                write_record(run, out, flags)
+                working[start(run, out, flags, threads, start_new_session=True)] = run
+            time.sleep(POLL_SECONDS)
+            for process in [process for process in working if process.poll() is not None]:
+                run, left = working.pop(process), len(waiting) + len(working)
+                print(f"{state_of(run, out)}: {name_of(run)}, {left} left", flush=True)
+    finally:  # also where a second signal ends this at once
+        for process in working:
+            process.terminate()
         for process in working:
             process.wait()
     if stop.number:
@@ -313,26 +281,106 @@ def run_locally(runs, out, flags, workers, threads, stop):
         raise SystemExit(128 + stop.number)
 
 
-def run_on_cluster(runs, out, flags, args, stop):
-    """Hand runs to a cluster through submitit, and wait for them."""
+# --- on a cluster --------------------------------------------------------------------------------
+
+
+class Job:
+    """A run as submitit calls it on a node. `what` are the first arguments of start()."""
+
+    def __init__(self, *what):
+        self.what, self.process = what, None
+
+    def __call__(self):
+        if state_of(*self.what[:2]) == "finished":  # before the job was put back into the queue
+            return
+        # SLURM sends SIGUSR2, before a time limit, to this process too, which it would kill.
+        deaf = partial(signal.signal, signal.SIGUSR2, signal.SIG_IGN)
+        self.process = start(*self.what, preexec_fn=deaf)
+        while self.wait() in (signal.SIGTERM, 128 + signal.SIGTERM):
+            signal.pause()  # a preemption: SLURM does not queue again what ends by itself
+
+    def wait(self):
+        """The exit code or signal of the process, also in a handler, where Popen.wait() locks."""
+        return os.waitid(os.P_PID, self.process.pid, os.WEXITED | os.WNOWAIT).si_status
+
+    def checkpoint(self):
+        """Let the run save. Returns what submitit, which calls this on SIGUSR2, queues again."""
+        from submitit.helpers import DelayedSubmission
+
+        if self.process:
+            os.kill(self.process.pid, signal.SIGTERM)
+            self.wait()
+        return DelayedSubmission(Job(*self.what))
+
+
+def submit(runs, out, flags, args):
+    """Hand runs to the cluster as one array of jobs. Returns submitit's jobs. Raises UserError."""
     import submitit
 
-    stop.at_once = True  # the jobs go on without us
-    executor = submitit.AutoExecutor(folder=Path(out) / "submitit", cluster=args.cluster)
-    executor.update_parameters(timeout_min=args.minutes, cpus_per_task=args.threads)
-    if args.cluster == "slurm":
-        executor.update_parameters(
-            gpus_per_node=args.gpus,
-            slurm_partition=args.partition,
-            slurm_array_parallelism=args.workers,
-        )
-    with executor.batch():
-        jobs = [executor.submit(carry_out, run, out, flags, args.threads) for run in runs]
-    for run, job in tqdm(list(zip(runs, jobs, strict=True)), desc="runs", unit="run"):
+    executor = submitit.AutoExecutor(Path(out) / "submitit", args.cluster)
+    more = dict(word.partition("=")[::2] for word in args.slurm)
+    executor.update_parameters(
+        timeout_min=args.minutes,
+        cpus_per_task=args.threads,
+        gpus_per_node=args.gpus,
+        slurm_partition=args.partition,
+        slurm_array_parallelism=args.workers,
+        slurm_srun_args=["--ntasks=1", f"--cpus-per-task={args.threads}"],
+        slurm_additional_parameters={"requeue": True} | more,
+    )
+    try:
+        with redirect_stderr(io.StringIO()):  # submitit prints there what it raises
+            return executor.submit_array([Job(run, out, flags, args.threads) for run in runs])
+    except submitit.core.utils.FailedJobError as error:
+        raise UserError(f"nothing was submitted: {reason(error)}") from error
+
+
+def look_at_queue():
+    """{id: (state, why it waits)} of the user's jobs that have not ended. Raises UserError."""
+    command = ["squeue", "--me", "--array", "--noheader", "--format", "%i|%T|%r"]
+    found = subprocess.run(command, capture_output=True, text=True)
+    if found.returncode:
+        raise UserError(f"cannot look at the queue: {reason(found.stderr)}")
+    return {job: rest for job, *rest in (row.split("|", 2) for row in found.stdout.splitlines())}
+
+
+def run_on_cluster(runs, out, flags, args, stop):
+    """Submit those runs that have no job in the queue yet, and wait for all of them."""
+    slurm, told = args.cluster == "slurm", set()
+    known = {record_of(run, out).get("job"): run for run in runs}
+    queue = look_at_queue() if slurm else {}
+    while any(queue[job][0] == "COMPLETING" for job in known.keys() & queue.keys()):
+        time.sleep(QUEUE_SECONDS)  # cancelled a moment ago, and still saving
+        queue = look_at_queue()
+    jobs = {job: run for job, run in known.items() if job in queue}
+    new = [run for run in runs if run not in jobs.values()]
+    print(f"{len(jobs)} run(s) have a job already, {len(new)} to submit", flush=True)
+    submitted = submit(new, out, flags, args) if new else []
+    for run, job in zip(new, submitted, strict=True):
+        jobs[job.job_id] = run
+        write_record(run, out, flags, job.job_id)
+    while jobs and not stop.number:
+        time.sleep(QUEUE_SECONDS if slurm else POLL_SECONDS)
         try:
-            job.result()
-        except Exception as error:  # a job that was killed, or never ran
-            print(f"{name_of(run)}: {error}", file=sys.stderr)
+            local = {job.job_id: ("", "") for job in submitted if slurm or not job.done()}
+            queue = look_at_queue() if slurm else local
+        except UserError as error:  # SLURM's controller may be restarting
+            queue = {job: ("PENDING", str(error)) for job in jobs}
+        for job, run in list(jobs.items()):
+            state, why = queue.get(job, ("", ""))
+            if job not in queue:
+                del jobs[job]
+                log = Path(out) / "submitit" / f"{job}_0_log.err"
+                print(f"{state_of(run, out)}: {name_of(run)}, {log}, {len(jobs)} left", flush=True)
+            elif state == "PENDING" and why not in told:
+                told.add(why)
+                print(f"waiting: {name_of(run)}, job {job}: {why}", flush=True)
+    if stop.number:
+        print(f"the jobs go on; the same command waits for them; scancel {' '.join(jobs)}")
+        raise SystemExit(128 + stop.number)
+
+
+# --- the command ---------------------------------------------------------------------------------
 
 
 def main():
@@ -344,18 +392,28 @@ def main():
     runs, out, flags = runs_of(args), args.out, flags_of(args.flags)
     if args.workers < 1:
         raise UserError(f"--workers is {args.workers}, but must be at least 1")
-    if args.cluster:
-        choose("cluster", args.cluster, ("slurm", "local"))
-        if args.cluster == "slurm" and shutil.which("srun") is None:
-            raise UserError("--cluster slurm: there is no srun here; start it on a login node")
+    if args.cluster == "slurm" and shutil.which("srun") is None:
+        raise UserError("--cluster slurm: there is no srun here; start it on a login node")
     if args.threads is None:
-        shared = max(1, (os.cpu_count() or 1) // args.workers)
-        args.threads = int(os.environ.get("OMP_NUM_THREADS") or shared)
-    check_flags(runs, out, flags)
+        here = os.environ.get("OMP_NUM_THREADS") or max(1, (os.cpu_count() or 1) // args.workers)
+        args.threads = 4 if args.cluster else int(here)  # a login node's cores say nothing
+    queue = look_at_queue() if args.cluster == "slurm" else {}
+    for run in runs:
+        had = record_of(run, out)
+        begun = state_of(run, out) != "new" or had.get("job") in queue
+        if had and begun and had["flags"] != shlex.join(flags):
+            what = f"{name_of(run)} was begun with other --flags ({had['flags'] or 'none'})"
+            raise UserError(f"{what}; give the same again, or another --out")
     left = [run for run in runs if state_of(run, out) != "finished"]
     print(f"{len(runs) - len(left)} run(s) finished already")
-    stop = StopSignals()
-    failing = estimate(left, out, flags, args.workers, args.threads, stop)
+    stop, failing = StopSignals(), []
+    if args.cluster:
+        print(*(f"{state_of(run, out):12} {name_of(run)}" for run in left), sep="\n")
+        print(f"{len(left)} run(s), {args.threads} CPU thread(s) each; no estimate on a cluster")
+    else:
+        stop.at_once = True
+        failing = estimate(left, out, flags, args.workers, args.threads)
+        stop.at_once = False
     if not args.dry_run and left:
         if len(failing) == len(left):
             raise UserError("every run would fail, for the reasons above; none was begun")
