@@ -9,11 +9,9 @@ Every run is a process of train.py or experiments/baselines.py with a folder of 
 named after its place in the grid. The same command continues a sweep that was stopped: finished
 runs are skipped and interrupted ones resumed (baselines, which cannot resume, begin anew). A run
 that fails does not stop the others; the end of its output is printed at the end. On a cluster every
-run is a job that saves before its time limit or a preemption, and is queued again. Jobs go on when
-this command is stopped, and the same command waits for them.
+run is a job that saves before its time limit, is queued again, and outlives this command.
 """
 
-import io
 import json
 import os
 import shlex
@@ -178,8 +176,7 @@ def start(run, out, flags, threads, **how):
     if resumes:
         command = ["train.py", "--resume", str(folder)]
     else:
-        if folder.exists():  # a baseline's, or a run that saved nothing yet
-            shutil.rmtree(folder)
+        shutil.rmtree(folder, ignore_errors=True)  # a baseline's, or of a run that saved nothing
         command = ["train.py", "--method", run["method"]]
         if run["method"] in ALGORITHMS:
             command = ["-m", "experiments.baselines", "--algo", run["method"]]
@@ -291,13 +288,13 @@ class Job:
         self.what, self.process = what, None
 
     def __call__(self):
-        if state_of(*self.what[:2]) == "finished":  # before the job was put back into the queue
+        if state_of(*self.what[:2]) == "finished":  # before the job was queued again
             return
-        # SLURM sends SIGUSR2, before a time limit, to this process too, which it would kill.
+        # SLURM sends every process the SIGUSR2 that is meant for submitit and kills all others.
         deaf = partial(signal.signal, signal.SIGUSR2, signal.SIG_IGN)
         self.process = start(*self.what, preexec_fn=deaf)
         while self.wait() in (signal.SIGTERM, 128 + signal.SIGTERM):
-            signal.pause()  # a preemption: SLURM does not queue again what ends by itself
+            signal.pause()  # a preemption: SLURM queues again only jobs that it has to kill itself
 
     def wait(self):
         """The exit code or signal of the process, also in a handler, where Popen.wait() locks."""
@@ -329,7 +326,7 @@ def submit(runs, out, flags, args):
         slurm_additional_parameters={"requeue": True} | more,
     )
     try:
-        with redirect_stderr(io.StringIO()):  # submitit prints there what it raises
+        with open(os.devnull, "w") as nowhere, redirect_stderr(nowhere):  # it prints what it raises
             return executor.submit_array([Job(run, out, flags, args.threads) for run in runs])
     except submitit.core.utils.FailedJobError as error:
         raise UserError(f"nothing was submitted: {reason(error)}") from error

@@ -10,7 +10,7 @@ import time
 from contextlib import ExitStack
 
 import pytest
-from runs import finish, start, wait_for
+from runs import finish, log_of, start, wait_for
 
 from experiments.sweep import grid, name_of, state_of
 
@@ -51,8 +51,7 @@ def slurm(tmp_path_factory):
     folder, host = tmp_path_factory.mktemp("slurm"), socket.gethostname().split(".")[0]
     with socket.create_server(("", 0)) as one, socket.create_server(("", 0)) as two:
         ports = [one.getsockname()[1], two.getsockname()[1]]
-    text = CONFIGURATION.format(folder=folder, host=host, ports=ports)
-    (folder / "slurm.conf").write_text(text)
+    (folder / "slurm.conf").write_text(CONFIGURATION.format(folder=folder, host=host, ports=ports))
     (folder / "key").write_bytes(os.urandom(64))
     (folder / "key").chmod(0o600)
     files = {"key-file": "key", "socket": "munge.socket", "pid-file": "pid", "seed-file": "seed"}
@@ -94,8 +93,7 @@ def test_jobs_outlive_the_sweep_which_takes_them_up_and_a_preempted_one_goes_on(
     assert job_of(DT, tmp_path) == job
     assert state_of(DT, tmp_path) == "finished"
     assert "going on with" in (tmp_path / "logs" / f"{name_of(DT)}.txt").read_text()
-    rows = [json.loads(line) for line in log.read_text().splitlines()]
-    assert [row["step"] for row in rows if "seconds" in row] == [*range(2, 301, 2)]
+    assert [row["step"] for row in log_of(log.parent) if "lr" in row] == [*range(2, 301, 2)]
     assert "--lm-length" in out  # its output's last lines
 
 
@@ -109,5 +107,4 @@ def test_a_job_that_cannot_start_is_explained_and_a_cancelled_one_is_given_up(sl
 @pytest.mark.parametrize("word", ["--partition=moon", "--gpus=8"])
 def test_what_sbatch_refuses_is_one_line(slurm, word, tmp_path):
     _, errors = finish(start(*SWEEP, "--method=dt", "--out", tmp_path, word), 2)
-    assert errors.startswith("error: ")
     assert errors.count("\n") == 1
