@@ -70,25 +70,26 @@ def test_as_published_leaves_out_the_best_episode_and_positions(copy):
     call(copy, "git", "apply", ROOT / "docs/recipes/as-published.patch")
     code = """
 import torch
+from transformers import GPT2Config, GPT2LMHeadModel
 from data import find_dataset, load_trajectories, sample_windows
-from model import GPT, GPTConfig
+from load_gpt2 import load_gpt2
 from tasks import TASKS, find_environment
 
 dataset, *_ = find_dataset("hopper", TASKS["hopper"], 0.01, "lamo/hopper/medium-1pct-v0")
 environment, _ = find_environment(TASKS["hopper"], dataset)
 data = load_trajectories(dataset, environment.action_space, 1000.0)
 rtg, obs, act, timestep, valid = sample_windows(data, 100_000, 1, torch.Generator().manual_seed(0))
-starts = data.drawn.unique()
-episode = torch.searchsorted(data.end.unique(), data.end[starts], right=False)
-best = int(data.returns.argmax())
-assert sorted(set(range(len(data.lengths))) - set(episode.tolist())) == [best]
-assert len(starts) == len(data) - data.lengths[best]
-seen = {tuple(row) for row in obs[:, 0].tolist()}
-assert seen <= {tuple(row) for row in data.obs[starts].tolist()} and len(seen) > 0.9 * len(starts)
+seen, best = {tuple(row) for row in obs[:, 0].tolist()}, data.returns.argmax()
+ends = data.lengths.cumsum()
+for i, (end, length) in enumerate(zip(ends, data.lengths)):
+    drawn = {tuple(row) for row in data.obs[end - length : end].tolist()} & seen
+    assert len(drawn) == 0 if i == best else len(drawn) > 0.9 * length
 
-gpt, tokens = GPT(GPTConfig(2, 2, 16, 50, 32)).eval(), torch.randint(50, (2, 33))
-loss = gpt(tokens[:, :-1], tokens[:, 1:])
-gpt.wpe.weight.data.normal_()
-assert gpt(tokens[:, :-1], tokens[:, 1:]) == loss
+theirs = GPT2LMHeadModel(GPT2Config(n_layer=2, n_head=2, n_embd=16, vocab_size=50)).eval()
+theirs.save_pretrained("gpt")
+theirs.transformer.wpe.weight.data.zero_()
+tokens = torch.randint(50, (2, 33))
+ours = load_gpt2("gpt").eval()(tokens[:, :-1], tokens[:, 1:])
+assert abs(ours - theirs(tokens, labels=tokens).loss) < 1e-5
 """
     call(copy, sys.executable, "-c", code)
