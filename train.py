@@ -460,7 +460,8 @@ def main():
     adamw = {"lr": c.lr, "betas": (0.9, 0.999), "eps": c.eps, "weight_decay": c.weight_decay}
     optimiser = torch.optim.AdamW(trained, **adamw, fused=True)
     objective = Objective(model, run["centres"]).to(device)
-    objective = torch.compile(objective) if c.compile else objective
+    if c.compile:  # as CUDA graphs, or the GPU waits for Python; DDP's hooks cannot be in one
+        objective = torch.compile(objective, mode="default" if world > 1 else "reduce-overhead")
     if world > 1:
         objective = nn.parallel.DistributedDataParallel(objective)
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=c.dtype == "bf16")
