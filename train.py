@@ -319,6 +319,8 @@ def begin_run(c, run, model):
 def open_log(c, folder, run):
     """A function that adds a row to log.jsonl and, if asked for, to TensorBoard and W&B. Rows later
     than the checkpoint are cut off first: training writes them again."""
+    if run["step"]:
+        print(f"going on with {folder} after step {run['step']}", flush=True)
     with open(folder / "log.jsonl", "ab") as file:
         file.truncate(run["log_bytes"])
     for unfinished in folder.glob(".*.tmp"):  # what a kill left of a file
