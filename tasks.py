@@ -246,7 +246,7 @@ def replay(environment, dataset, longest, task):
     seed = next(iter(dataset.storage.get_episode_metadata(index))).get("seed")
     if seed is None or is_picture(space):
         return environment, note + "not compared: no seed is recorded, or observations are pictures"
-    env, episode, again = make_env(spec), dataset[index[0]], 0.0
+    env, episode, again = make_env(spec), dataset[0], 0.0
     first = flatten(space, env.reset(seed=int(seed))[0])
     if not np.allclose(first, flatten(space, episode.observations)[0], atol=1e-3):
         note += "CAREFUL: from the seed of episode 0 it does not begin as the data do"

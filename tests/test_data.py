@@ -226,9 +226,11 @@ def test_which_dataset_is_taken(tmp_path, monkeypatch):
 
 def test_a_dataset_asked_for_is_found_or_an_error(five, tmp_path):
     folder = folder_of(five[0])
-    for name in (five[0].spec.dataset_id, str(folder)):
+    copied = shutil.copytree(folder, tmp_path / "dätä 数据")
+    for name in (five[0].spec.dataset_id, str(folder), str(copied)):
         found, share, _ = find_dataset("hopper", HOPPER, 1.0, name)
-        assert (folder_of(found), share) == (folder, 1.0)
+        assert (folder_of(found), share) == (copied if name == str(copied) else folder, 1.0)
+        assert len(load_trajectories(found, ACT)) == 22
     for name in (HOPPER.bundled, str(BUNDLED / HOPPER.bundled)):
         assert find_dataset("hopper", HOPPER, 0.01, name)[1] == 0.01
         with refused(match="--ratio 1"):
