@@ -29,7 +29,7 @@ from utils import UserError, fetch, network_available, reading, reason, write_at
 
 BUNDLED = Path(__file__).parent / "assets" / "minari"  # datasets that come with the project
 COLLECT = "python -m experiments.collect"
-OURS = ("lamo/", "d4rl/", "dqn-replay/")  # how ids of its sets begin: they are on no server
+OURS = ("lamo/", "d4rl/", "dqn-replay/")  # what collect.py makes begins so; no server has it
 WIKITEXT = [f"wikitext-103-raw-v1/train-0000{i}-of-00002.parquet" for i in range(2)]  # CC BY-SA
 
 

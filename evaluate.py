@@ -162,6 +162,7 @@ class Arguments:
     targets: list[float] | None = None  # target returns (default: the run's)
     episodes: int | None = None  # for each target (default: the run's)
     episode_limit: int | None = None  # cut episodes here; 0 does not (default: the run's)
+    sample: bool | None = None  # draw choices, or take the likeliest (default: as the run)
     seed: int = SEED  # environment seed of the first episode
     lm: str | None = None  # where the language model's weights are (default: as in training)
     device: str | None = None  # cuda or cpu (default: cuda if there is one)
@@ -204,7 +205,7 @@ def main():
     config = checkpoint["settings"]
     if args.env and args.env != config["env"]:
         raise UserError(f"{args.checkpoint} was trained on {config['env']}, not {args.env}")
-    for name in ("lm", "targets", "episodes", "episode_limit"):
+    for name in ("lm", "targets", "episodes", "episode_limit", "sample"):
         if getattr(args, name) is not None:
             config[name] = getattr(args, name)
     if args.targets == [] or args.episodes == 0 or args.seed < 0:

@@ -315,11 +315,6 @@ class LaMo(nn.Module):
             self.head = nn.Sequential(nn.Linear(C, C), nn.GELU(), nn.Linear(C, n_act))
         self.gpt = gpt
 
-    def timeless(self, rtg, obs, act):
-        """The tokens R_t, s_t and a_t before their time is added: (B, K, 3, C)."""
-        embedded = [self.embed_return(rtg), self.embed_state(obs), self.embed_action(act)]
-        return self.embed_ln(torch.stack(embedded, dim=2))
-
     def stamp(self, embedded, timestep):
         """Normalise some embeddings of a step, each (B, K, C), and add its time: (B, K, n, C)."""
         time = self.embed_time(timestep.clamp(max=self.embed_time.num_embeddings - 1))  # (B, K, C)
@@ -384,7 +379,9 @@ class Objective(nn.Module):
         lm_loss = torch.zeros_like(action_loss) if text is None else self.model.gpt(*text)
         similarity = torch.zeros_like(action_loss)
         if self.centres is not None:
-            tokens = F.normalize(self.model.timeless(rtg, obs, act), dim=-1)  # (B, K, 3, C)
+            m = self.model  # its tokens before their time is added
+            embedded = [m.embed_return(rtg), m.embed_state(obs), m.embed_action(act)]
+            tokens = F.normalize(m.embed_ln(torch.stack(embedded, dim=2)), dim=-1)  # (B, K, 3, C)
             nearest = (tokens @ self.centres.T).float().amax(-1).mean(-1)  # (B, K)
             similarity = (nearest * valid).sum() / count
         return action_loss, lm_loss, similarity

@@ -8,7 +8,6 @@ any other Minari dataset by --dataset. What a row leaves None then comes from th
 """
 
 import copy
-import importlib.util
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -27,7 +26,7 @@ from utils import UserError, choose
 STACK = 4  # frames in a state, where observations are pictures (Mnih et al. 2015)
 FRAME = 84  # rows and columns of a frame (Mnih et al. 2015, doi 10.1038/nature14236)
 SMALLEST_PICTURE = 32  # rows and columns; smaller arrays count as vectors, as in Minari
-LONGEST_VECTOR = 10_000  # numbers of a flat array; more is no vector by intention
+LONGEST_VECTOR = 10_000  # numbers of a flat array; a longer one of two sides or more is refused
 REPLAYED = 1000  # steps of an episode that are done again at most, to compare environment and data
 STATISTICS = ("NormalizeObservation", "NormalizeReward")  # wrappers whose state no dataset holds
 GOAL_DISTANCE = 0.3  # below this a kitchen's sub-task is complete (gymnasium-robotics)
@@ -137,9 +136,7 @@ def find_task(name):
 
 
 def atari_games():
-    """Atari games in lower case, as Minari has them -> Gymnasium's names; none without ale-py."""
-    if importlib.util.find_spec("ale_py") is None:
-        return {}
+    """Atari games in lower case, as Minari has them -> Gymnasium's names."""
     import ale_py
 
     gym.register_envs(ale_py)
@@ -151,7 +148,7 @@ def task_of_dataset(name):
     """(task's name, Task) that a dataset belongs to: a row's, or a bare Task for an unknown one."""
     for key, task in TASKS.items():
         ids = [task.minari.format(quality=quality) for quality in QUALITIES]
-        if name in (*ids, task.recorded, task.bundled):
+        if {name, "/".join(Path(name).parts[-3:])} & {*ids, task.recorded, task.bundled}:
             return key, task
     game = name.removeprefix("atari/").partition("/")[0]
     if name.startswith("atari/") and game in atari_games():
@@ -201,11 +198,12 @@ def find_environment(task, dataset):
     says how the environment was set up. Raises UserError if the data are not of this environment.
     """
     name = dataset.spec.dataset_id
-    for wrapper in dataset.env_spec.additional_wrappers if dataset.env_spec else ():
+    specs = dataset._eval_env_spec, dataset.env_spec  # Minari has no public name for the first
+    for wrapper in [wrapper for spec in specs if spec for wrapper in spec.additional_wrappers]:
         if wrapper.name in STATISTICS:
             what = f"dataset {name} was recorded under {wrapper.name}, whose state it does not hold"
             raise UserError(f"{what}; record it without, since observations are normalised here")
-    recorded = dataset._eval_env_spec or dataset.env_spec  # Minari has no public name for the first
+    recorded = specs[0] or specs[1]
     if recorded is None and task.env_id is None:
         raise UserError(f"dataset {name} does not say its environment; name a task: --env NAME")
     ours = task.env_id.rpartition(":")[2] if task.env_id else recorded.id
@@ -247,21 +245,19 @@ def replay(environment, dataset, longest, task):
     if seed is None or is_picture(space):
         return environment, note + "not compared: no seed is recorded, or observations are pictures"
     env, episode, again = make_env(spec), dataset[0], 0.0
-    first = flatten(space, env.reset(seed=int(seed))[0])
-    if not np.allclose(first, flatten(space, episode.observations)[0], atol=1e-3):
-        note += "CAREFUL: from the seed of episode 0 it does not begin as the data do"
-        return environment, note
-    earned = (task.rewards(episode.observations) if task.rewards else episode.rewards)[:REPLAYED]
+    first, seen = flatten(space, env.reset(seed=int(seed))[0]), episode.observations
+    alike = np.allclose(first, flatten(space, seen)[0], atol=1e-3)
+    earned = (task.rewards(seen) if task.rewards else episode.rewards)[:REPLAYED].sum()
     for action in episode.actions[:REPLAYED]:
         _, reward, terminated, truncated, _ = env.step(action)
         again += reward
         if terminated or truncated:
             break
     env.close()
-    if abs(again - earned.sum()) <= 0.01 * max(1.0, abs(earned.sum())):
-        return environment, f"{note}episode 0 of the data earns the same again"
-    careful = f"CAREFUL: episode 0 earns {again:.2f} again, not {earned.sum():.2f} as recorded"
-    return environment, note + careful
+    if alike and abs(again - earned) <= 0.01 * max(1.0, abs(earned)):
+        return environment, f"{note}episode 0 of the data, replayed, earns the same"
+    what = f"{'' if alike else 'begins otherwise and '}earns {again:.2f}, not {earned:.2f}"
+    return environment, f"{note}CAREFUL: episode 0 of the data, replayed, {what} as recorded"
 
 
 def fits(data, own):

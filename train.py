@@ -40,9 +40,14 @@ from model import EMBEDDINGS, ZERO, LaMo, Objective
 from tasks import TASKS, find_environment, find_task, pack, replay, task_of_dataset, unpack
 from utils import UserError, choose, choose_device, reading, write_json
 
-FORMAT = "lamo-checkpoint-3"  # what a checkpoint says it is; a change of layout changes it
-POSITIVE = ("steps", "batch", "lm_batch", "lm_length", "context", "lora_rank", "max_ep_len")
-POSITIVE += ("scale", "lr", "eval_every", "episodes", "log_every")
+FORMAT = "lamo-checkpoint-4"  # what a checkpoint says it is; a change of layout changes it
+ABOVE_0 = "steps batch lm_batch lm_length context lora_rank max_ep_len scale lr clip eval_every "
+RANGES = {  # which test a number must pass, in words and as a function: settings
+    ("above 0", lambda x: x > 0): ABOVE_0 + "episodes log_every",
+    ("0 or more", lambda x: x >= 0): "lm_coef similarity warmup episode_limit seed",
+    ("at least 0 and below 1", lambda x: 0 <= x < 1): "dropout lora_dropout",
+    ("above 0 and at most 1", lambda x: 0 < x <= 1): "ratio",
+}
 
 
 @dataclass
@@ -94,7 +99,7 @@ class Config:
     device: str | None = None  # cuda or cpu; None: cuda if there is one
     dtype: Literal["bf16", "fp32"] | None = None  # autocast's; None: bf16 where the device has it
     compile: bool | None = None  # torch.compile the step; None: on CUDA
-    deterministic: bool = False  # the same bits again on CUDA too, at some cost; a CPU's are
+    deterministic: bool = False  # the same bits in each run on CUDA, slower; on a CPU they are
     log_every: int = 100  # steps averaged into a row of the log
     out: str = "runs"  # a folder for this run is made in here
     name: str | None = None  # of that folder; None: task, method, ratio, seed and time
@@ -141,9 +146,10 @@ def choose_settings(c, notes):
     """Fill in, in place, what is known before the data are read; say in notes what was chosen, and
     why. Returns the task's row. Raises UserError."""
     method = METHODS[choose("method", c.method, METHODS, " (others: experiments.baselines)")]
-    for name in ("dataset", "lm", "corpus"):  # paths stay right from another folder
-        if getattr(c, name) not in (None, *LANGUAGE_MODELS) and Path(getattr(c, name)).exists():
-            setattr(c, name, str(Path(getattr(c, name)).resolve()))
+    names = {None, "wikitext", "english", *LANGUAGE_MODELS}
+    for key in ("dataset", "lm", "corpus"):  # paths stay right from another folder
+        if getattr(c, key) not in names and Path(getattr(c, key)).exists():
+            setattr(c, key, str(Path(getattr(c, key)).resolve()))
     env, task = task_of_dataset(c.dataset) if c.dataset else (None, None)
     if task is None or c.env not in (None, env):  # --env names another task: it wins
         env, task = find_task(c.env or "hopper")
@@ -164,11 +170,12 @@ def choose_settings(c, notes):
     fill(c, {"dtype": choose_dtype(device), "compile": cuda and bool(shutil.which("cc"))})
     fill(c, vars(task) | {"similarity": 0.0})
     choose("embed", c.embed, EMBEDDINGS)
-    if not 0 < c.ratio <= 1:
-        raise UserError(f"--ratio is {c.ratio:g}, but must be above 0 and at most 1")
-    for name in POSITIVE:
-        if getattr(c, name) is not None and getattr(c, name) <= 0:
-            raise UserError(f"--{name.replace('_', '-')} is {getattr(c, name)}, not above 0")
+    for (words, fits), names in RANGES.items():
+        for name in names.split():
+            if (x := getattr(c, name)) is not None and not fits(x):
+                raise UserError(f"--{name.replace('_', '-')} is {x:g}, but must be {words}")
+    if c.targets == []:
+        raise UserError("--targets takes one return at least")
     if c.quality != "medium" and (c.dataset or "{quality}" not in task.minari):
         raise UserError(f"--quality does not apply: {c.env} has one dataset, or --dataset names it")
     if c.deterministic:
@@ -250,14 +257,13 @@ def save_checkpoint(path, run):
 
 def read_checkpoint(path, expected=FORMAT):
     """The dictionary that save_checkpoint wrote. Raises UserError for what is none."""
-    if Path(path).is_dir():
-        raise UserError(f"{path} is a folder; give {Path(path) / 'ckpt.pt'}")
+    path = Path(path) / "ckpt.pt" if Path(path).is_dir() else path
     with reading(path, "a checkpoint of train.py"):
         if damaged := zipfile.ZipFile(path).testzip():  # torch.load looks at no checksum
             raise ValueError(f"the checksum of {damaged} is wrong")
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        if checkpoint["format"] != expected:
-            raise ValueError(f"its format is {checkpoint['format']}, not {expected}")
+        if (had := checkpoint["format"]) != expected:
+            raise UserError(f"{path} is of other code ({had}, not {expected}); use its own commit")
         return checkpoint
 
 
@@ -493,6 +499,7 @@ def main():
             run["log_bytes"] = (folder / "log.jsonl").stat().st_size
             save_checkpoint(folder / "ckpt.pt", run)
         stop.at_once = True  # until the next step a signal loses nothing
+        return max(gather(stop.number))
 
     model.train()
     left = range(run["step"], c.steps + 1)
@@ -502,8 +509,7 @@ def main():
         if world == 1 or due or step % 10 == 0:
             stopping = max(gather(stop.number))  # all processes stop after the same step
         if due or stopping:
-            save(step)
-            stopping = max(gather(stop.number))
+            stopping = save(step)
         if due and step and rank == 0 and not stopping:
             shown["score"] = evaluate(c, run, folder, model, environment, log)
         if stopping or step == c.steps:

@@ -85,6 +85,7 @@ class Run:
         self.language = record["language"]  # (step, nats a token)
         self.lm = Path(base["lm"]).name.removesuffix(".safetensors") if base else "none"
         tied = {k: v for k, v in settings.items() if k not in FREE}  # no mean mixes these
+        tied.setdefault("eps", 1e-6)  # of runs from before it was a setting
         self.settings = {k: tuple(v) if isinstance(v, list) else v for k, v in tied.items()}
         self.settings["lm"] = self.lm
         if settings.get("pretrained"):  # random weights differ with the seed, as they should

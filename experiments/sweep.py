@@ -37,6 +37,7 @@ from utils import StopSignals, UserError, choose, reason, run_command, write_jso
 ALGORITHMS = ("bc", "td3bc", "iql", "cql", "bcq", "nfq")  # the other methods are train.py's
 PROBE_STEPS = 20  # after which a step's time is known
 OWN_FLAGS = "--env --method --algo --ratio --seed --lm --out --name --resume"  # given to each run
+GRACE_SECONDS = 120  # that SLURM leaves a preempted job at most
 POLL_SECONDS = 0.5  # between looks at the runs' logs
 QUEUE_SECONDS = 5  # between looks at SLURM's queue
 
@@ -59,7 +60,7 @@ class Config:
     workers: int = 1  # runs at a time
     threads: int | None = None  # CPU threads of a run; None: the cores shared, or 4 on a cluster
     dry_run: bool = False  # only list the runs and how long they take
-    cluster: Literal["slurm", "local"] | None = None  # local: submitit without a cluster
+    cluster: Literal["slurm"] | None = None  # each run a job of its own
     partition: str | None = None  # SLURM's
     gpus: int = 1  # of a run on SLURM
     minutes: int = 24 * 60  # a job's limit; the run saves before it and is queued again
@@ -290,11 +291,11 @@ class Job:
     def __call__(self):
         if state_of(*self.what[:2]) == "finished":  # before the job was queued again
             return
-        # SLURM sends every process the SIGUSR2 that is meant for submitit and kills all others.
+        # SLURM's SIGUSR2 reaches every process of the job and ends those that do not handle it.
         deaf = partial(signal.signal, signal.SIGUSR2, signal.SIG_IGN)
         self.process = start(*self.what, preexec_fn=deaf)
-        while self.wait() in (signal.SIGTERM, 128 + signal.SIGTERM):
-            signal.pause()  # a preemption: SLURM queues again only jobs that it has to kill itself
+        if self.wait() in (signal.SIGTERM, 128 + signal.SIGTERM):
+            time.sleep(GRACE_SECONDS)  # a preempted job that exits by itself is not queued again
 
     def wait(self):
         """The exit code or signal of the process, also in a handler, where Popen.wait() locks."""
@@ -323,7 +324,7 @@ def submit(runs, out, flags, args):
         slurm_partition=args.partition,
         slurm_array_parallelism=args.workers,
         slurm_srun_args=["--ntasks=1", f"--cpus-per-task={args.threads}"],
-        slurm_additional_parameters={"requeue": True} | more,
+        slurm_additional_parameters={"requeue": True} | {k: x or True for k, x in more.items()},
     )
     try:
         with open(os.devnull, "w") as nowhere, redirect_stderr(nowhere):  # it prints what it raises
@@ -343,9 +344,8 @@ def look_at_queue():
 
 def run_on_cluster(runs, out, flags, args, stop):
     """Submit those runs that have no job in the queue yet, and wait for all of them."""
-    slurm, told = args.cluster == "slurm", set()
+    told, queue = set(), look_at_queue()
     known = {record_of(run, out).get("job"): run for run in runs}
-    queue = look_at_queue() if slurm else {}
     while any(queue[job][0] == "COMPLETING" for job in known.keys() & queue.keys()):
         time.sleep(QUEUE_SECONDS)  # cancelled a moment ago, and still saving
         queue = look_at_queue()
@@ -357,10 +357,9 @@ def run_on_cluster(runs, out, flags, args, stop):
         jobs[job.job_id] = run
         write_record(run, out, flags, job.job_id)
     while jobs and not stop.number:
-        time.sleep(QUEUE_SECONDS if slurm else POLL_SECONDS)
+        time.sleep(QUEUE_SECONDS)
         try:
-            local = {job.job_id: ("", "") for job in submitted if slurm or not job.done()}
-            queue = look_at_queue() if slurm else local
+            queue = look_at_queue()
         except UserError as error:  # SLURM's controller may be restarting
             queue = {job: ("PENDING", str(error)) for job in jobs}
         for job, run in list(jobs.items()):
@@ -389,12 +388,12 @@ def main():
     runs, out, flags = runs_of(args), args.out, flags_of(args.flags)
     if args.workers < 1:
         raise UserError(f"--workers is {args.workers}, but must be at least 1")
-    if args.cluster == "slurm" and shutil.which("srun") is None:
+    if args.cluster and shutil.which("srun") is None:
         raise UserError("--cluster slurm: there is no srun here; start it on a login node")
     if args.threads is None:
         here = os.environ.get("OMP_NUM_THREADS") or max(1, (os.cpu_count() or 1) // args.workers)
         args.threads = 4 if args.cluster else int(here)  # a login node's cores say nothing
-    queue = look_at_queue() if args.cluster == "slurm" else {}
+    queue = look_at_queue() if args.cluster else {}
     for run in runs:
         had = record_of(run, out)
         begun = state_of(run, out) != "new" or had.get("job") in queue

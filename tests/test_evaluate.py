@@ -67,6 +67,18 @@ def test_a_rollout_is_slow_episodes_one_at_a_time(name, mode):
         assert result["cut"] == 0
 
 
+def test_choices_are_drawn_by_the_seed_where_asked_for():
+    env = gym.make("CartPole-v1")
+    environment = Environment(env.spec, env.observation_space, env.action_space, None, None)
+    model, c = make_policy(environment, K=4)
+    torch.nn.init.normal_(model.head.weight, std=0.01)  # both choices about as likely
+    stats, lengths = (torch.zeros(4), torch.ones(4)), []
+    for c.sample, seed in ((True, 7), (True, 7), (True, 8), (False, 7), (False, 8)):
+        lengths.append(rollout(model, environment, c, stats, [50.0], 10, seed=seed)[0]["lengths"])
+    assert lengths[0] == lengths[1] != lengths[2]
+    assert max(lengths[3] + lengths[4]) < max(lengths[0])  # one side alone tips the pole over
+
+
 def test_an_episode_limit_cuts_and_says_how_many(hopper):
     model, c = make_policy(hopper, K=4)
     stats = torch.zeros(11), torch.ones(11)

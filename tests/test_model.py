@@ -312,7 +312,9 @@ def test_losses_equal_a_loop_over_valid_steps(discrete):
     if discrete:
         window[2] = torch.randint(3, window[2].shape[:2])
     count = window[-1].sum()
-    action_loss, lm_loss, similarity = Objective(lamo)(window, count, (tokens, targets))
+    centres = F.normalize(torch.randn(7, 32), dim=-1)
+    losses = Objective(lamo, centres)(window, count, (tokens, targets))
+    action_loss, lm_loss, similarity = losses
     predicted, errors = lamo(*window[:4]), []
     for b, k in window[-1].nonzero().tolist():
         p, a = predicted[b, k], window[2][b, k]
@@ -320,9 +322,16 @@ def test_losses_equal_a_loop_over_valid_steps(discrete):
     assert action_loss.item() == pytest.approx(torch.stack(errors).mean().item(), rel=1e-5)
     found = lamo.gpt(tokens).log_softmax(-1).gather(-1, targets[..., None])
     assert lm_loss.item() == pytest.approx(-found.mean().item(), rel=1e-5)
-    assert similarity == 0
-    half = Objective(lamo)(window, 2 * count, None)[0]  # count: of all processes together
+    nearest = []  # Wiki-RL: each valid token's largest cosine with a centre
+    for b, k in window[-1].nonzero().tolist():
+        layers = (lamo.embed_return, lamo.embed_state, lamo.embed_action)
+        for layer, x in zip(layers, window[:3], strict=True):
+            token = lamo.embed_ln(layer(x[b, k]))
+            nearest.append(max(F.cosine_similarity(token, c, dim=0) for c in centres))
+    assert similarity.item() == pytest.approx(torch.stack(nearest).mean().item(), rel=1e-4)
+    half, _, none = Objective(lamo)(window, 2 * count, None)  # count: of all processes together
     assert half.item() == pytest.approx(action_loss.item() / 2, rel=1e-5)
+    assert none == 0
 
 
 def test_without_text_no_language_work_is_done():

@@ -6,6 +6,7 @@ from dataclasses import asdict, fields
 from types import SimpleNamespace
 from typing import Literal, get_args, get_origin, get_type_hints
 
+import gymnasium as gym
 import numpy as np
 import pytest
 import torch
@@ -16,7 +17,7 @@ from runs import SHORT, assert_same, call, finish, log_of, outcome, start
 
 import evaluate
 import train
-from tasks import TASKS, pack
+from tasks import TASKS, Environment, pack
 from train import METHODS, PRESETS, Config, build_model, load_policy, read_checkpoint
 
 FIRST = "--env hopper --ratio 0.01 --steps 60 --warmup 10 --batch 16 --lm-length 64 --lr 1e-3"
@@ -196,6 +197,19 @@ def is_trained(name, how, language):
     return language or name not in ("gpt.wte.weight", "gpt.wpe.weight")
 
 
+def test_ataris_numbers_are_the_authors():
+    c = chosen(env="breakout")
+    train.fill(c, {"max_ep_len": 100})
+    env = gym.make("CartPole-v1")  # choices; the model's kind is what counts
+    environment = Environment(env.spec, env.observation_space, env.action_space, None, None)
+    model, _ = build_model(c, environment)
+    trained = {name for name, p in model.named_parameters() if p.requires_grad}
+    assert not any(name.endswith("c_attn.bias") for name in trained)
+    assert any(name.endswith("lora_A") for name in trained)
+    assert {layer.lora_dropout.p for layer in model.modules() if hasattr(layer, "lora_A")} == {0}
+    assert (c.clip, c.eps, c.sample) == (1.0, 1e-8, False)
+
+
 @pytest.mark.parametrize("env", ["hopper", "reacher2d"])
 @pytest.mark.parametrize("method", METHODS)
 def test_a_method_trains_what_it_says_and_nothing_else(method, env, hopper):
@@ -282,3 +296,17 @@ def test_wandb_keeps_an_offline_run(tmp_path, monkeypatch):
     finish(start("train.py", *words))
     (folder,) = (tmp_path / "run" / "wandb").glob("offline-run-*")
     assert list(folder.glob("*.wandb"))
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA, or LAMO_TEST_CUDA is not set")
+def test_steps_as_cuda_graphs_are_the_plain_steps(tmp_path):
+    """Over 20 steps, evaluations between them."""
+    losses = []
+    for compiled in ("True", "False"):
+        words = ["--dtype", "fp32", "--dropout", 0, "--lora-dropout", 0, "--compile", compiled]
+        words += ["--steps", 20, "--eval-every", 5, "--log-every", 1, "--device", "cuda"]
+        call(train.main, *SHORT, *words, "--out", tmp_path, "--name", compiled)
+        rows = [row for row in log_of(tmp_path / compiled) if "action_loss" in row]
+        losses.append([(row["action_loss"], row["lm_loss"]) for row in rows])
+    assert len(losses[0]) == 20
+    torch.testing.assert_close(*map(torch.tensor, losses), rtol=1e-3, atol=0)
