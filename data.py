@@ -13,7 +13,7 @@ import hashlib
 import io
 import json
 import os
-import tempfile
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,7 +25,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from tasks import STACK, encode_actions, flatten, is_picture, observation_shape, shrink
-from utils import UserError, fetch, network_available, reading, reason, write_atomically
+from utils import UserError, fetch, is_cached, no_network, reading, write_atomically
 
 BUNDLED = Path(__file__).parent / "assets" / "minari"  # datasets that come with the project
 COLLECT = "python -m experiments.collect"
@@ -46,28 +46,28 @@ def find_dataset(env, task, ratio, name=None, quality="medium"):
     """
     local = Path(os.environ.get("MINARI_DATASETS_PATH") or Path.home() / ".minari" / "datasets")
     wanted = name or task.minari.format(quality=quality)
-    places, why = [local / wanted, BUNDLED / wanted, Path(wanted)], ""
-    if not any(is_dataset(place) for place in places):
+    places, others, why = [local / wanted, BUNDLED / wanted, Path(wanted)], [], ""
+    if name is None and quality == "medium" and task.recorded:
+        others = [local / task.recorded, BUNDLED / task.bundled]
+    if not any(map(is_dataset, places)):
         if Path(wanted).exists() or Path(wanted).is_absolute():
             raise UserError(f"{wanted} is no Minari dataset: it has no data/metadata.json in it")
-        try:
+        if wanted.startswith(OURS):
+            why = f"it is on no server, see {COLLECT} --help"
+        elif not any(map(is_dataset, others)) or not (why := no_network()):
             download_dataset(wanted, local)
-        except Exception as error:  # the hub's, Minari's and the disk's errors alike
-            why = f"{wanted} is not in {local} and cannot be downloaded ({reason(error)})"
-    if name is None and quality == "medium" and task.recorded:
-        places += [local / task.recorded, BUNDLED / task.bundled]
+        why = why and f"{wanted} is not in {local}, and {why}"
+    places += others
     shares = {place: share_of(place) for place in places if is_dataset(place)}
     if not shares:
-        how = f"run `minari download {wanted}` where there is a network and copy it here"
-        raise UserError(f"no dataset: {why}; {how}, or give another: --dataset FOLDER")
+        raise UserError(f"no dataset: {why}; give another: --dataset FOLDER")
     enough = [place for place, share in shares.items() if share >= ratio]
     if not enough:
         place, share = max(shares.items(), key=lambda item: item[1])
         record = f"{COLLECT} --env {env} --steps {task.full}, after deleting a smaller one"
         how = f"use --ratio {share:g}" + (f", or record it all: {record}" if task.recorded else "")
-        raise UserError(
-            f"--ratio {ratio:g} is more than the {share:g} of all data in {place}; {how}"
-        )
+        full = f"--ratio {ratio:g} is more than the {share:g} of all data in {place}"
+        raise UserError(f"{full}{why and f', and {why}'}; {how}")
 
     with reading(enough[0], "a Minari dataset"):
         dataset = minari.MinariDataset(enough[0] / "data")
@@ -90,19 +90,24 @@ def share_of(folder):
 
 
 def download_dataset(name, local):
-    """Download a Minari dataset into folder `local`, whole or not at all."""
-    ours = f"it is on no server, see {COLLECT} --help" if name.startswith(OURS) else None
-    if ours or not network_available():
-        raise ConnectionError(ours or "no network")
-    print(f"downloading the dataset {name} to {local}", flush=True)
-    (local / name).parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=local, prefix=".") as aside:
-        os.environ["MINARI_DATASETS_PATH"] = aside  # Minari itself downloads in place
-        try:
-            minari.download_dataset(name)
-        finally:
-            os.environ["MINARI_DATASETS_PATH"] = str(local)
-        os.replace(Path(aside) / name, local / name)
+    """Download a Minari dataset into folder `local`, whole or not at all. Raises UserError."""
+    from huggingface_hub.utils import WeakFileLock
+
+    remote = os.environ.get("MINARI_REMOTE", "hf://farama-minari").partition("://")[2]
+    (group, _, rest), what = name.partition("/"), f"the dataset {name}"
+    aside = local / f".{name.replace('/', '-')}-download"  # what is whole in it is used again
+    lock = aside.with_suffix(".lock")
+    how = f"run `minari download {name}` elsewhere and copy it to {local}, or give --dataset FOLDER"
+    try:
+        (local / name).parent.mkdir(parents=True, exist_ok=True)
+        with WeakFileLock(lock):
+            if not is_dataset(local / name):  # by another process, just now
+                fetch(what, f"{remote}/{group}", [f"{rest}/*".lstrip("/")], "dataset", aside, how)
+                os.replace(aside / rest, local / name)
+                shutil.rmtree(aside)
+        lock.unlink(missing_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot write {local / name}: {error.strerror}") from error
 
 
 # --- from a dataset to tensors --------------------------------------------------------------------
@@ -289,10 +294,11 @@ def get_encoding(vocab_size):
         with reading(os.environ["TIKTOKEN_CACHE_DIR"], "tiktoken's cache of GPT-2's BPE"):
             return tiktoken.get_encoding("gpt2")
     from tiktoken.load import data_gym_to_mergeable_bpe_ranks
-    from tiktoken_ext.openai_public import r50k_pat_str
+    from tiktoken_ext.openai_public import r50k_pat_str as pieces
 
     files = fetch("GPT-2's BPE", "openai-community/gpt2", ["merges.txt", "vocab.json"])
-    ranks, pieces = data_gym_to_mergeable_bpe_ranks(*files), r50k_pat_str
+    with reading(" or ".join(files), "GPT-2's BPE (rm both, and they are downloaded again)"):
+        ranks = data_gym_to_mergeable_bpe_ranks(*files)
     return tiktoken.Encoding("gpt2", pat_str=pieces, mergeable_ranks=ranks, special_tokens=end)
 
 
@@ -304,18 +310,20 @@ def find_text(corpus=None, byte_level=True):
     """
     if corpus not in (None, "wikitext", "english"):
         return Path(corpus), f"{corpus}, as asked"
-    path, why = cache_folder() / "wikitext-103-train.txt", "as asked"
-    if corpus != "english":
+    path, why = cache_folder() / "wikitext-103-train.txt", None
+    source = "Salesforce/wikitext", WIKITEXT, "dataset"
+    if corpus is None and byte_level and not (path.is_file() or is_cached(*source)):
+        why = no_network()
+    if corpus != "english" and not why:
         try:
             if not path.is_file():
-                files = fetch("WikiText-103", "Salesforce/wikitext", WIKITEXT, "dataset")
+                files = fetch("WikiText-103", *source)
                 write_atomically(path, lambda file: parquet_to_text(files, file))
             return path, f"WikiText-103 from {path}"
         except UserError as error:
-            if corpus == "wikitext" or not byte_level:
-                how = "or give any text, --corpus FILE, or do without, --lm-coef 0"
-                raise UserError(f"{error}; {how}") from error
-            why = "since WikiText-103 is neither cached nor to be fetched"
+            how = "or give any text, --corpus FILE, or do without, --lm-coef 0"
+            raise UserError(f"{error}; {how}") from error
+    why = f"since WikiText-103 is not cached, and {why}" if why else "as asked"
     from pydoc_data import topics
 
     text = "\n\n".join(topics.topics[key] for key in sorted(topics.topics)).encode()
@@ -329,8 +337,9 @@ def parquet_to_text(files, out):
     import pyarrow.parquet as pq
 
     for file in files:
-        for rows in pq.ParquetFile(file).iter_batches(columns=["text"]):
-            out.writelines(text.encode() for text in rows["text"].to_pylist())
+        with reading(file, "a parquet file (rm it, and it is downloaded again)"):
+            for rows in pq.ParquetFile(file).iter_batches(columns=["text"]):
+                out.writelines(text.encode() for text in rows["text"].to_pylist())
 
 
 def tokenise(path, encoding, length=1):

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 from model import ACTIVATIONS, GPT, GPTConfig
-from utils import UserError, choose, fetch, is_cached, network_available, reading, write_atomically
+from utils import UserError, choose, fetch, is_cached, no_network, reading, write_atomically
 
 MINI = Path(__file__).parent / "assets" / "mini-lm.safetensors"  # made by experiments/pretrain.py
 LANGUAGE_MODELS = {  # name: (repository on the hub or file, sizes of Radford et al. 2019, table 2)
@@ -34,9 +34,9 @@ def choose_lm(cuda):
     """The language model where none is named, and why: (name, reason)."""
     if not cuda:
         return "mini", "bundled; no CUDA"
-    if is_cached(LANGUAGE_MODELS["gpt2"][0], [WEIGHTS]) or network_available():
+    if is_cached(LANGUAGE_MODELS["gpt2"][0], [WEIGHTS]) or not (why := no_network()):
         return "gpt2", "on CUDA"
-    return "mini", "bundled; gpt2 is not cached and there is no network"
+    return "mini", f"bundled; gpt2 is not cached, and {why}"
 
 
 def find_weights(name):

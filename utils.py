@@ -7,7 +7,9 @@ import os
 import signal
 import sys
 from contextlib import contextmanager
+from fnmatch import fnmatch
 from functools import cache
+from itertools import zip_longest
 from pathlib import Path
 
 import torch
@@ -26,6 +28,7 @@ def run_command(main):
         ctypes.CDLL(None).mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors="replace")  # a log in ASCII gets "?" for "±"
+    signal.signal(signal.SIGINT, leave)
     try:
         main()
     except KeyboardInterrupt:
@@ -38,6 +41,18 @@ def run_command(main):
             text += f"; pip install {package}, or put its folder on PYTHONPATH"
         print(f"error: {text}", file=sys.stderr)
         raise SystemExit(2) from None
+
+
+def leave(number, frame):
+    """Ctrl-C before training: a KeyboardInterrupt would be lost in h5py, or come out as another."""
+    try:
+        for file in Path("/proc/self/fd").glob("*"):  # what is being written: the hub's, or ours
+            if (path := os.path.realpath(file)).endswith((".incomplete", ".tmp")):
+                os.unlink(path)
+        print("\ninterrupted", file=sys.stderr, flush=True)
+        sys.stdout.flush()
+    finally:
+        os._exit(128 + number)
 
 
 def reason(error):
@@ -117,17 +132,27 @@ def choose_device(name=None):
         raise UserError(f"--device {name} cannot be used: {reason(error)}; use cpu") from error
 
 
-@cache
-def network_available():
-    """Whether the Hugging Face hub answers; its own clients try for 20 s where there is none."""
-    from huggingface_hub import constants
-    from huggingface_hub.utils import get_session
+def hub_address():
+    """Where the hub is, and the variables that say so: not what is in them, a proxy's password."""
+    names = [name for name in os.environ if name.upper().endswith(("HF_ENDPOINT", "_PROXY"))]
+    return " by ".join([os.environ.get("HF_ENDPOINT", "https://huggingface.co"), *names])
 
+
+@cache
+def no_network():
+    """None where the hub answers, else why it does not, in words. Asked only where something else
+    can stand in. A sweep decides it once for all its runs: LAMO_NETWORK is "1" or these words."""
+    if decided := os.environ.get("LAMO_NETWORK"):
+        return None if decided == "1" else decided
     try:
-        get_session().head(constants.ENDPOINT, timeout=PROBE_SECONDS)
-    except Exception:  # HF_HUB_OFFLINE, refused, timed out, a bad name, proxy or certificate
-        return False
-    return True
+        from huggingface_hub import constants, get_session
+
+        if constants.HF_HUB_OFFLINE:
+            return "HF_HUB_OFFLINE is set"
+        get_session().head(constants.ENDPOINT, timeout=PROBE_SECONDS)  # any status will do
+    except Exception as error:  # refused, timed out, a bad name, proxy or certificate
+        return f"{hub_address()} does not answer: {reason(error)}"
+    return None
 
 
 def is_cached(repository, names, kind="model"):
@@ -137,17 +162,59 @@ def is_cached(repository, names, kind="model"):
     return all(isinstance(find(repository, name, repo_type=kind), str) for name in names)
 
 
-def fetch(what, repository, names, kind="model"):
-    """Paths of files of a repository on the hub, fetched if need be. Raises UserError."""
-    from huggingface_hub import hf_hub_download
+@cache
+def is_intact(path, known):
+    """Whether a file has the hash that the hub knows it by: SHA-256, or git's SHA-1 if small."""
+    from huggingface_hub.utils.sha import git_hash, sha_fileobj
 
-    cached = is_cached(repository, names, kind)  # then the client is not to ask for newer ones
+    with open(path, "rb") as file:
+        found = git_hash(file.read()) if len(known) == 40 else sha_fileobj(file).hex()
+    return found == known or len(known) not in (40, 64)  # a mirror may have others
+
+
+def fetch(what, repository, names, kind="model", folder=None, elsewhere=None):
+    """Paths of files of a repository on the hub: in its client's cache, else downloaded, there or
+    into a folder. names: of the files, or patterns of names. elsewhere: what to do without a
+    network. Raises UserError, also for damage: what was just downloaded is removed."""
+    os.environ.setdefault("HF_XET_CLIENT_RETRY_MAX_ATTEMPTS", "2")  # it says nothing of them
+    os.environ.setdefault("HF_XET_CLIENT_READ_TIMEOUT", "10s")
     try:
-        if not cached and not network_available():
-            raise ConnectionError("it is not cached, and there is no network")
-        known = {"repo_type": kind, "local_files_only": cached}
-        return [hf_hub_download(repository, name, **known) for name in names]
+        from huggingface_hub import constants, hf_hub_download
+        from huggingface_hub.utils import build_hf_headers, hf_raise_for_status, http_backoff
+
+        hashes, cached = [], not folder and is_cached(repository, names, kind)
+        if not cached:  # else the client is not to ask for newer ones
+            url = f"{constants.ENDPOINT}/api/{kind}s/{repository}?blobs=true"
+            more = {"timeout": constants.HF_HUB_DOWNLOAD_TIMEOUT, "max_retries": 2}
+            answer = http_backoff("GET", url, headers=build_hf_headers(), **more)
+            hf_raise_for_status(answer)
+            there = answer.json()["siblings"]
+            found = [x for name in names for x in there if fnmatch(x["rfilename"], name)]
+            if len(found) < len(names):
+                raise UserError(f"{constants.ENDPOINT}/{repository} has no {' or '.join(names)}")
+            names, size = [x["rfilename"] for x in found], sum(x.get("size", 0) for x in found)
+            hashes = [(x.get("lfs") or {"sha256": x.get("blobId")})["sha256"] for x in found]
+            place = folder.parent if folder else constants.HF_HUB_CACHE
+            where = f"from {constants.ENDPOINT}/{repository} to {place}"
+            print(f"downloading {what}, {size / 1e6:.1f} MB, {where}", file=sys.stderr)
+        more = {"repo_type": kind, "local_dir": folder, "local_files_only": cached}
+        paths = [hf_hub_download(repository, name, **more) for name in names]
+        for path, known in zip_longest(map(Path, paths), hashes):
+            link = path.readlink().name if path.is_symlink() else ""  # the cache's: the hash
+            if not is_intact(file := path.resolve(), known or link):
+                if cached:
+                    raise UserError(f"{file} of {what} is damaged; rm {file}, and run this again")
+                file.unlink()
+                raise UserError(f"{what}: {path.name} arrived damaged; run this again")
+        return paths
+    except UserError:
+        raise
     except Exception as error:  # the client's and its transport's many kinds
-        how = f"hf download {repository} {' '.join(names)} --repo-type {kind}"
-        how = f"run `{how}` where there is a network and copy the cache (HF_HOME) here"
-        raise UserError(f"cannot get {what} ({reason(error)}); {how}") from error
+        if isinstance(error, FileNotFoundError):  # the client's: why not is in its cause
+            error = error.__cause__ or error
+        why = reason(error).partition(" For more information")[0]
+        if not hasattr(error, "response"):  # else the hub has answered, and the reason says what
+            how = f"hf download {repository} {' '.join(names)} --repo-type {kind}"
+            how = elsewhere or f"run `{how}` elsewhere and copy the cache (HF_HOME) here"
+            why += f"; HF_ENDPOINT, HTTPS_PROXY or HF_HUB_DISABLE_XET=1 may help; or {how}"
+        raise UserError(f"cannot download {what} from {hub_address()}: {why}") from error
