@@ -321,8 +321,7 @@ def find_text(corpus=None, byte_level=True):
                 write_atomically(path, lambda file: parquet_to_text(files, file))
             return path, f"WikiText-103 from {path}"
         except UserError as error:
-            how = "or give any text, --corpus FILE, or do without, --lm-coef 0"
-            raise UserError(f"{error}; {how}") from error
+            raise UserError(f"{error}; or any text, --corpus FILE, or none, --lm-coef 0") from error
     why = f"since WikiText-103 is not cached, and {why}" if why else "as asked"
     from pydoc_data import topics
 

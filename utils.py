@@ -46,11 +46,11 @@ def run_command(main):
 def leave(number, frame):
     """Ctrl-C before training: a KeyboardInterrupt would be lost in h5py, or come out as another."""
     try:
+        print("\ninterrupted", file=sys.stderr, flush=True)
+        sys.stdout.flush()
         for file in Path("/proc/self/fd").glob("*"):  # what is being written: the hub's, or ours
             if (path := os.path.realpath(file)).endswith((".incomplete", ".tmp")):
                 os.unlink(path)
-        print("\ninterrupted", file=sys.stderr, flush=True)
-        sys.stdout.flush()
     finally:
         os._exit(128 + number)
 
@@ -168,8 +168,9 @@ def is_intact(path, known):
     from huggingface_hub.utils.sha import git_hash, sha_fileobj
 
     with open(path, "rb") as file:
-        found = git_hash(file.read()) if len(known) == 40 else sha_fileobj(file).hex()
-    return found == known or len(known) not in (40, 64)  # a mirror may have others
+        if len(known) == 64:
+            return sha_fileobj(file).hex() == known
+        return len(known) != 40 or git_hash(file.read()) == known  # a mirror may have others
 
 
 def fetch(what, repository, names, kind="model", folder=None, elsewhere=None):
@@ -192,7 +193,7 @@ def fetch(what, repository, names, kind="model", folder=None, elsewhere=None):
             found = [x for name in names for x in there if fnmatch(x["rfilename"], name)]
             if len(found) < len(names):
                 raise UserError(f"{constants.ENDPOINT}/{repository} has no {' or '.join(names)}")
-            names, size = [x["rfilename"] for x in found], sum(x.get("size", 0) for x in found)
+            names, size = [x["rfilename"] for x in found], sum(x.get("size") or 0 for x in found)
             hashes = [(x.get("lfs") or {"sha256": x.get("blobId")})["sha256"] for x in found]
             place = folder.parent if folder else constants.HF_HUB_CACHE
             where = f"from {constants.ENDPOINT}/{repository} to {place}"
@@ -210,8 +211,7 @@ def fetch(what, repository, names, kind="model", folder=None, elsewhere=None):
     except UserError:
         raise
     except Exception as error:  # the client's and its transport's many kinds
-        if isinstance(error, FileNotFoundError):  # the client's: why not is in its cause
-            error = error.__cause__ or error
+        error = (isinstance(error, FileNotFoundError) and error.__cause__) or error  # the client's
         why = reason(error).partition(" For more information")[0]
         if not hasattr(error, "response"):  # else the hub has answered, and the reason says what
             how = f"hf download {repository} {' '.join(names)} --repo-type {kind}"

@@ -12,17 +12,14 @@ import threading
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
-COMMIT = "0123456789abcdef0123456789abcdef01234567"
 LARGE = (".safetensors", ".hdf5", ".parquet")  # known by SHA-256, the others by git's hash
 PATH = re.compile(r"/(api/)?(?:models/|datasets/)?([^/]+/[^/]+?)(?:/resolve/main/(.+))?")
 
 
 class Hub(ThreadingHTTPServer):
-    """repositories: {"owner/name": {file: bytes}}, models and datasets alike."""
-
     daemon_threads = True
 
-    def __init__(self, repositories):
+    def __init__(self, repositories):  # {"owner/name": {file: bytes}}, models and datasets alike
         super().__init__(("127.0.0.1", 0), Answer)
         self.repositories, self.faults, self.sent = repositories, [], []
         self.address = f"http://127.0.0.1:{self.server_port}"
@@ -31,9 +28,6 @@ class Hub(ThreadingHTTPServer):
     def __exit__(self, *_):
         self.shutdown()
         self.server_close()
-
-    def handle_error(self, *_):  # a client that has gone
-        pass
 
 
 class Answer(BaseHTTPRequestHandler):
@@ -65,7 +59,7 @@ class Answer(BaseHTTPRequestHandler):
             self.reply(404, X_Error_Code="EntryNotFound" if files else "RepoNotFound")
         elif found[1]:
             siblings = [self.sibling(*file) for file in files.items()]
-            self.reply(200, json.dumps({"sha": COMMIT, "siblings": siblings}).encode())
+            self.reply(200, json.dumps({"siblings": siblings}).encode())
         else:
             self.send_file(found[3], files[found[3]], fault)
 
@@ -80,7 +74,7 @@ class Answer(BaseHTTPRequestHandler):
 
     def send_file(self, name, content, fault):
         about, size, status, first = self.sibling(name, content), len(content), 200, 0
-        headers = {"X_Repo_Commit": COMMIT, "ETag": f'"{about["blobId"]}"'}
+        headers = {"X_Repo_Commit": "0" * 40, "ETag": f'"{about["blobId"]}"'}
         if "lfs" in about:
             headers |= {"X_Linked_Etag": f'"{about["lfs"]["sha256"]}"', "X_Linked_Size": size}
         if asked := re.match(r"bytes=(\d+)-", self.headers["Range"] or ""):
