@@ -206,7 +206,7 @@ def fetch(what, repository, names, kind="model", folder=None, elsewhere=None):
                 if cached:
                     raise UserError(f"{file} of {what} is damaged; rm {file}, and run this again")
                 file.unlink()
-                raise UserError(f"{what}: {path.name} arrived damaged; run this again")
+                raise UserError(f"{what}: {path.name} arrived damaged and is removed; run again")
         return paths
     except UserError:
         raise
