@@ -164,7 +164,6 @@ def test_ctrl_c(at, tmp_path):
             time.sleep(0.2 + 0.07 * i)
             os.kill(process.pid, signal.SIGINT)
         for process in begun:
-            text = end(process, 130)
-            assert ("--resume" if "train" in at else "\ninterrupted") in text
+            assert ("--resume" if "train" in at else "\ninterrupted") in end(process, 130)
     assert not [*tmp_path.rglob("*.incomplete"), *tmp_path.rglob(".*.tmp")]
     assert not list(tmp_path.rglob("medium-v0/data/main_data.hdf5"))
