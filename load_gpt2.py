@@ -108,7 +108,7 @@ def load_gpt2(name, dropout=0.1):
     UserError if it cannot be had, or if a tensor is missing, misshapen or left over.
     """
     path = find_weights(name)
-    with reading(path, "the weights of a GPT-2"):
+    with reading(path, "the weights of a GPT-2 (rm a download, and it is fetched again)"):
         tensors, metadata = read_tensors(path)
         tensors = {key.removeprefix("transformer."): x.float() for key, x in tensors.items()}
         beside = path.parent / "config.json"

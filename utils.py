@@ -9,7 +9,6 @@ import sys
 from contextlib import contextmanager
 from fnmatch import fnmatch
 from functools import cache
-from itertools import zip_longest
 from pathlib import Path
 
 import torch
@@ -45,14 +44,8 @@ def run_command(main):
 
 def leave(number, frame):
     """Ctrl-C before training: a KeyboardInterrupt would be lost in h5py, or come out as another."""
-    try:
-        print("\ninterrupted", file=sys.stderr, flush=True)
-        sys.stdout.flush()
-        for file in Path("/proc/self/fd").glob("*"):  # what is being written: the hub's, or ours
-            if (path := os.path.realpath(file)).endswith((".incomplete", ".tmp")):
-                os.unlink(path)
-    finally:
-        os._exit(128 + number)
+    print("\ninterrupted", file=sys.stderr, flush=True)
+    os._exit(128 + number)
 
 
 def reason(error):
@@ -162,51 +155,59 @@ def is_cached(repository, names, kind="model"):
     return all(isinstance(find(repository, name, repo_type=kind), str) for name in names)
 
 
-@cache
+def look_up(repository, names, kind):
+    """Files of a repository on the hub, by name or pattern: {name: (bytes, hash)}. The hash is
+    SHA-256, or git's SHA-1 of a small file."""
+    from huggingface_hub import constants
+    from huggingface_hub.utils import build_hf_headers, hf_raise_for_status, http_backoff
+
+    url = f"{constants.ENDPOINT}/api/{kind}s/{repository}?blobs=true"
+    more = {"timeout": constants.HF_HUB_DOWNLOAD_TIMEOUT, "max_retries": 2}
+    answer = http_backoff("GET", url, headers=build_hf_headers(), **more)
+    hf_raise_for_status(answer)
+    found = {}
+    for file in answer.json()["siblings"]:
+        if any(fnmatch(file["rfilename"], name) for name in names):
+            known = (file.get("lfs") or {"sha256": file.get("blobId")})["sha256"]
+            found[file["rfilename"]] = file.get("size") or 0, known
+    if len(found) < len(names):
+        raise UserError(f"{constants.ENDPOINT}/{repository} has no {' or '.join(names)}")
+    return found
+
+
 def is_intact(path, known):
-    """Whether a file has the hash that the hub knows it by: SHA-256, or git's SHA-1 if small."""
+    """Whether a file has the hash that look_up says; a mirror may have hashes of another kind."""
     from huggingface_hub.utils.sha import git_hash, sha_fileobj
 
     with open(path, "rb") as file:
-        if len(known) == 64:
+        if len(known or "") == 64:
             return sha_fileobj(file).hex() == known
-        return len(known) != 40 or git_hash(file.read()) == known  # a mirror may have others
+        return len(known or "") != 40 or git_hash(file.read()) == known
 
 
 def fetch(what, repository, names, kind="model", folder=None, elsewhere=None):
-    """Paths of files of a repository on the hub: in its client's cache, else downloaded, there or
-    into a folder. names: of the files, or patterns of names. elsewhere: what to do without a
-    network. Raises UserError, also for damage: what was just downloaded is removed."""
+    """Paths of files of a repository on the hub, by name or pattern: in its client's cache, else
+    downloaded, there or into a folder. elsewhere: what to do without a network. Raises UserError,
+    also for a file that arrives damaged, which is removed."""
     os.environ.setdefault("HF_XET_CLIENT_RETRY_MAX_ATTEMPTS", "2")  # it says nothing of them
     os.environ.setdefault("HF_XET_CLIENT_READ_TIMEOUT", "10s")
     try:
         from huggingface_hub import constants, hf_hub_download
-        from huggingface_hub.utils import build_hf_headers, hf_raise_for_status, http_backoff
 
-        hashes, cached = [], not folder and is_cached(repository, names, kind)
-        if not cached:  # else the client is not to ask for newer ones
-            url = f"{constants.ENDPOINT}/api/{kind}s/{repository}?blobs=true"
-            more = {"timeout": constants.HF_HUB_DOWNLOAD_TIMEOUT, "max_retries": 2}
-            answer = http_backoff("GET", url, headers=build_hf_headers(), **more)
-            hf_raise_for_status(answer)
-            there = answer.json()["siblings"]
-            found = [x for name in names for x in there if fnmatch(x["rfilename"], name)]
-            if len(found) < len(names):
-                raise UserError(f"{constants.ENDPOINT}/{repository} has no {' or '.join(names)}")
-            names, size = [x["rfilename"] for x in found], sum(x.get("size") or 0 for x in found)
-            hashes = [(x.get("lfs") or {"sha256": x.get("blobId")})["sha256"] for x in found]
-            place = folder.parent if folder else constants.HF_HUB_CACHE
-            where = f"from {constants.ENDPOINT}/{repository} to {place}"
-            print(f"downloading {what}, {size / 1e6:.1f} MB, {where}", file=sys.stderr)
-        more = {"repo_type": kind, "local_dir": folder, "local_files_only": cached}
-        paths = [hf_hub_download(repository, name, **more) for name in names]
-        for path, known in zip_longest(map(Path, paths), hashes):
-            link = path.readlink().name if path.is_symlink() else ""  # the cache's: the hash
-            if not is_intact(file := path.resolve(), known or link):
-                if cached:
-                    raise UserError(f"{file} of {what} is damaged; rm {file}, and run this again")
-                file.unlink()
-                raise UserError(f"{what}: {path.name} arrived damaged and is removed; run again")
+        if not folder and is_cached(repository, names, kind):  # without a look for newer ones
+            more = {"repo_type": kind, "local_files_only": True}
+            return [hf_hub_download(repository, name, **more) for name in names]
+        files = look_up(repository, names, kind)
+        size = sum(size for size, _ in files.values()) / 1e6
+        where = folder.parent if folder else constants.HF_HUB_CACHE
+        where = f"from {constants.ENDPOINT}/{repository} to {where}"
+        print(f"downloading {what}, {size:.1f} MB, {where}", file=sys.stderr, flush=True)
+        paths = []
+        for name, (_, known) in files.items():
+            paths.append(hf_hub_download(repository, name, repo_type=kind, local_dir=folder))
+            if not is_intact(paths[-1], known):
+                Path(paths[-1]).resolve().unlink()
+                raise UserError(f"{what}: {name} arrived damaged and is removed; run this again")
         return paths
     except UserError:
         raise

@@ -25,6 +25,7 @@ import copy
 import gzip
 import json
 import os
+import signal
 import tempfile
 from dataclasses import dataclass
 from functools import partial
@@ -371,6 +372,7 @@ def write_dataset(folder, episodes, env, space, task, about, metadata):
 
 
 def main():
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # its temporary folder goes, too
     args = tyro.cli(Arguments, description=__doc__)
     name, task = find_task(args.env)
     recording = args.train or args.steps is not None

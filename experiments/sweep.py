@@ -32,7 +32,7 @@ import tyro
 
 from tasks import find_task
 from train import METHODS
-from utils import StopSignals, UserError, choose, reason, run_command, write_json
+from utils import StopSignals, UserError, choose, no_network, reason, run_command, write_json
 
 ALGORITHMS = ("bc", "td3bc", "iql", "cql", "bcq", "nfq")  # the other methods are train.py's
 PROBE_STEPS = 20  # after which a step's time is known
@@ -393,6 +393,7 @@ def main():
     if args.threads is None:
         here = os.environ.get("OMP_NUM_THREADS") or max(1, (os.cpu_count() or 1) // args.workers)
         args.threads = 4 if args.cluster else int(here)  # a login node's cores say nothing
+    os.environ["LAMO_NETWORK"] = no_network() or "1"  # decided once, for all runs
     queue = look_at_queue() if args.cluster else {}
     for run in runs:
         had = record_of(run, out)
