@@ -64,8 +64,10 @@ def find_dataset(env, task, ratio, name=None, quality="medium"):
     enough = [place for place, share in shares.items() if share >= ratio]
     if not enough:
         place, share = max(shares.items(), key=lambda item: item[1])
-        record = f"{COLLECT} --env {env} --steps {task.full}, after deleting a smaller one"
-        how = f"use --ratio {share:g}" + (f", or record it all: {record}" if task.recorded else "")
+        how, old = f"use --ratio {share:g}", local / (task.recorded or "")
+        if task.recorded:
+            how += f", or record it all: {COLLECT} --env {env} --steps {task.full}"
+            how += f" (delete {old} first)" if is_dataset(old) else ""
         full = f"--ratio {ratio:g} is more than the {share:g} of all data in {place}"
         raise UserError(f"{full}{why and f', and {why}'}; {how}")
 

@@ -442,7 +442,7 @@ def prepare(c, task, notes, folder, saved, device):
 def main():
     c, folder, saved, notes = tyro.cli(Config, description=HELP), None, None, {}
     if c.resume:
-        folder = Path(c.resume)
+        folder = Path(c.resume.removesuffix("ckpt.pt"))
         if c != Config(resume=c.resume):
             raise UserError("--resume goes on with the run's own settings; leave out other flags")
         saved = read_checkpoint(folder / "ckpt.pt")

@@ -415,7 +415,8 @@ def main():
     metadata |= {"algorithm_name": algorithm, "description": text}
     home = BUNDLED if args.bundle else Path(minari.storage.get_dataset_path(""))
     write_dataset(home / dataset_id, episodes, env, space, task, about, metadata)
-    print(f"next: python train.py --env {name} --dataset {dataset_id}")
+    part = f" --ratio {about['share']:g}" if about.get("share", 1) < 1 else ""
+    print(f"next: python train.py --env {name} --dataset {dataset_id}{part}")
 
 
 if __name__ == "__main__":
