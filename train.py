@@ -40,7 +40,7 @@ from model import EMBEDDINGS, ZERO, LaMo, Objective
 from tasks import TASKS, find_environment, find_task, pack, replay, task_of_dataset, unpack
 from utils import UserError, choose, choose_device, reading, write_json
 
-FORMAT = "lamo-checkpoint-4"  # what a checkpoint says it is; a change of layout changes it
+FORMAT = "lamo-checkpoint-4"  # a checkpoint's; another layout, or another function, is another one
 ABOVE_0 = "steps batch lm_batch lm_length context lora_rank max_ep_len scale lr clip eval_every "
 RANGES = {  # which test a number must pass, in words and as a function: settings
     ("above 0", lambda x: x > 0): ABOVE_0 + "episodes log_every",
@@ -146,9 +146,9 @@ def choose_settings(c, notes):
     """Fill in, in place, what is known before the data are read; say in notes what was chosen, and
     why. Returns the task's row. Raises UserError."""
     method = METHODS[choose("method", c.method, METHODS, " (others: experiments.baselines)")]
-    names = {None, "wikitext", "english", *LANGUAGE_MODELS}
+    named = {None, "wikitext", "english", *LANGUAGE_MODELS}
     for key in ("dataset", "lm", "corpus"):  # paths stay right from another folder
-        if getattr(c, key) not in names and Path(getattr(c, key)).exists():
+        if getattr(c, key) not in named and Path(getattr(c, key)).exists():
             setattr(c, key, str(Path(getattr(c, key)).resolve()))
     env, task = task_of_dataset(c.dataset) if c.dataset else (None, None)
     if task is None or c.env not in (None, env):  # --env names another task: it wins
