@@ -456,7 +456,6 @@ def main():
     data, environment, model, tokens, run = prepare(c, task, notes, folder, saved, device)
     if rank == 0 and world > 1:
         dist.barrier()
-
     # Other windows, text and dropout in each process, but the same in every run.
     seed = c.seed + 1_000_003 * rank
     window_rng = torch.Generator(data.obs.device).manual_seed(seed)
