@@ -3,6 +3,7 @@
 import os
 import tempfile
 from pathlib import Path
+from unittest import mock
 
 # Before anything is imported: no network, no GPU unless asked for, and folders of our own.
 FOLDER = tempfile.TemporaryDirectory(prefix="lamo-tests-")
@@ -27,8 +28,11 @@ SHARED = Path(os.environ.get("LAMO_SHARED", ROOT.parent / "shared"))  # referenc
 
 
 @pytest.fixture(autouse=True)
-def _seed():
+def _afresh():
+    """Every test begins with the same seed, and leaves no variable behind (a sweep sets one)."""
     torch.manual_seed(0)
+    with mock.patch.dict(os.environ):
+        yield
 
 
 @pytest.fixture
