@@ -269,7 +269,7 @@ def sample_windows(data, batch, context, generator):
         before = start[:, None] - torch.arange(STACK - 1, 0, -1, device=device)  # (B, 3)
         first = (start - data.timestep[start])[:, None]  # (B, 1), where the episode begins
         obs = data.obs[torch.cat([before.clamp(min=first), index], dim=1)]  # (B, K + 3, 84, 84)
-        obs[:, : STACK - 1][before < first] = 0
+        obs[:, : STACK - 1].masked_fill_((before < first)[..., None, None], 0)
     return data.rtg[index], obs, data.act[index], data.timestep[index], valid
 
 
@@ -365,7 +365,7 @@ def tokenise(path, encoding, length=1):
         if not cached.is_file():
             write_atomically(cached, write)
     with reading(cached, "a file of tokens (delete it, and it is made again)"):
-        tokens = np.memmap(cached, np.uint16, mode="r") if cached.stat().st_size else np.zeros(0)
+        tokens = np.memmap(cached, np.uint16, mode="c") if cached.stat().st_size else np.zeros(0)
     if len(tokens) < length + 1:
         how = f"a block needs {length + 1}; give a longer --corpus or a shorter --lm-length"
         raise UserError(f"the text {path} has {len(tokens)} tokens, but {how}")
@@ -384,8 +384,8 @@ def load_text(corpus, config, length):
 
 def sample_text(tokens, batch, length, generator):
     """Random blocks of a text (N,): inputs and, one token further on, targets, both (b, L) int64.
-    generator: a torch.Generator on the CPU."""
-    starts = torch.randint(len(tokens) - length, (batch,), generator=generator)
-    blocks = np.stack([tokens[i : i + length + 1] for i in starts.tolist()])
-    blocks = torch.from_numpy(blocks.astype(np.int64))  # (b, L + 1)
+    tokens: a tensor; generator: a torch.Generator on its device."""
+    device = tokens.device
+    start = torch.randint(len(tokens) - length, (batch, 1), generator=generator, device=device)
+    blocks = tokens[start + torch.arange(length + 1, device=device)].long()  # (b, L + 1)
     return blocks[:, :-1], blocks[:, 1:]

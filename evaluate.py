@@ -4,7 +4,8 @@
     python evaluate.py runs/<run>/ckpt.pt --prompt "Hello, my name is Tom."
 
 All targets x all episodes act together as one batch. Every episode is at the same time step, so the
-windows need no padding. An episode that has ended is left out of the model's blocks and the sums.
+windows need no padding. An episode that has ended is left out of the sums and, on a CPU, of the
+model's blocks; on CUDA these are replayed as a graph, whose batch is fixed.
 """
 
 import json
@@ -23,7 +24,7 @@ from data import find_text, get_encoding, tokenise
 from lora import merged
 from model import text_loss
 from tasks import STACK, decode_actions, encode_actions, flatten, is_picture, make_env, shrink
-from utils import UserError, choose_device, run_command
+from utils import UserError, as_graph, choose_device, run_command
 
 LONGEST_EPISODE = 108_000  # steps, where no limit is known: as many as ALE plays frames
 SEED = 1_000_000  # the first episode's environment seed, far from those data is recorded with
@@ -71,6 +72,13 @@ def rollout(model, environment, c, stats, targets, episodes, seed=SEED, progress
         watch(envs, alive, alive, returns, tokens)
     bar = tqdm(total=T, desc="evaluating", leave=False, disable=not progress)
     autocast = torch.autocast(device.type, torch.bfloat16, c.dtype == "bf16")
+
+    def predict(context):  # (n, 3K - 1, C), or for fewer episodes or steps
+        with autocast:
+            return model.act(context).float()
+
+    cuda = device.type == "cuda"
+    replay = as_graph(predict) if cuda else predict
     with merged(model) if c.dtype == "fp32" else nullcontext(), bar:
         for t in range(T):
             if is_picture(space):
@@ -84,12 +92,13 @@ def rollout(model, environment, c, stats, targets, episodes, seed=SEED, progress
             going = alive.nonzero()[0]  # an episode's row in the batch
             with autocast:
                 tokens.append(model.observe(to_go[:, None, None], obs, timestep)[:, 0])
-                context = torch.cat(tuple(tokens)[1 - 2 * K :], dim=1)  # (n, up to 3K - 1, C)
-                predicted = model.act(context[torch.as_tensor(going, device=device)]).float()
+            context = torch.cat(tuple(tokens)[1 - 2 * K :], dim=1)  # (n, up to 3K - 1, C)
+            rows = slice(None) if cuda else going
+            predicted = (replay if t >= K - 1 else predict)(context[rows])
             if choice:
                 drawn = torch.multinomial(predicted.softmax(-1), 1, generator=draws)[:, 0]
                 predicted = drawn if c.sample else predicted.argmax(-1)
-            actions[going] = decode_actions(action_space, predicted.cpu().numpy())
+            actions[rows] = decode_actions(action_space, predicted.cpu().numpy())
             encoded = torch.as_tensor(encode_actions(action_space, actions), device=device)
             with autocast:
                 tokens.append(model.remember(encoded[:, None], timestep)[:, 0])

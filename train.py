@@ -98,7 +98,7 @@ class Config:
     # The machine, and the run's folder.
     device: str | None = None  # cuda or cpu; None: cuda if there is one
     dtype: Literal["bf16", "fp32"] | None = None  # autocast's; None: bf16 where the device has it
-    compile: bool | None = None  # torch.compile the step; None: on CUDA
+    compile: bool | None = None  # torch.compile the step, on CUDA as a graph; None: on CUDA
     deterministic: bool = False  # the same bits in each run on CUDA, slower; on a CPU they are
     log_every: int = 100  # steps averaged into a row of the log
     out: str = "runs"  # a folder for this run is made in here
@@ -174,6 +174,9 @@ def choose_settings(c, notes):
         for name in names.split():
             if (x := getattr(c, name)) is not None and not fits(x):
                 raise UserError(f"--{name.replace('_', '-')} is {x:g}, but must be {words}")
+    world = int(os.environ.get("WORLD_SIZE", 1))  # torchrun's
+    if c.batch % world or (c.lm_coef and c.lm_batch % world):
+        raise UserError(f"--batch and --lm-batch must be multiples of the {world} processes")
     if c.targets == []:
         raise UserError("--targets takes one return at least")
     if c.quality != "medium" and (c.dataset or "{quality}" not in task.minari):
@@ -433,7 +436,12 @@ def prepare(c, task, notes, folder, saved, device):
         centres = word_centres(model.gpt.wte.weight)
     run = describe(c, notes, data, environment) | {"base": base, "centres": centres}
     run |= {"format": FORMAT, "dataset": str(Path(dataset.spec.data_path).parent.resolve())}
-    run["data"]["text"] = Path(tokens.filename).name if c.lm_coef else None  # its hash is in it
+    run["data"]["text"] = None
+    if c.lm_coef:
+        run["data"]["text"] = Path(tokens.filename).name  # its hash is in it
+        tokens = torch.from_numpy(tokens)
+        if device.type == "cuda":  # which cannot index uint16
+            tokens = tokens.int().to(device)
     if saved and run["data"] != saved["data"]:
         raise UserError(f"{folder} was begun on other data or another text; begin anew")
     return data, environment, model, tokens, saved or run
@@ -449,8 +457,6 @@ def main():
         c = Config(**saved["settings"])
     task = choose_settings(c, notes)
     rank, world, device = join_processes(torch.device(c.device))
-    if c.batch % world or (c.lm_coef and c.lm_batch % world):
-        raise UserError(f"--batch and --lm-batch must be multiples of the {world} processes")
     if rank > 0:
         dist.barrier()  # the first process goes ahead: nothing is fetched or tokenised twice
     data, environment, model, tokens, run = prepare(c, task, notes, folder, saved, device)
@@ -459,18 +465,19 @@ def main():
     # Other windows, text and dropout in each process, but the same in every run.
     seed = c.seed + 1_000_003 * rank
     window_rng = torch.Generator(data.obs.device).manual_seed(seed)
-    text_rng = torch.Generator().manual_seed(seed)
-    rngs = [window_rng, text_rng, torch.manual_seed(seed)]
-    if device.type == "cuda":
+    text_rng = torch.Generator(device).manual_seed(seed)
+    rngs, cuda = [window_rng, text_rng, torch.manual_seed(seed)], device.type == "cuda"
+    if cuda:
         rngs.append(torch.cuda.default_generators[device.index or 0])
     trained = [p for p in model.to(device).parameters() if p.requires_grad]
-    adamw = {"lr": c.lr, "betas": (0.9, 0.999), "eps": c.eps, "weight_decay": c.weight_decay}
-    optimiser = torch.optim.AdamW(trained, **adamw, fused=True)
+    # What changes from step to step is a tensor: a CUDA graph would keep a number as it was.
+    lr = torch.zeros((), dtype=torch.float32 if cuda else torch.float64, device=device)
+    pull = torch.zeros((), device=device)
+    adamw = {"eps": c.eps, "weight_decay": c.weight_decay, "fused": True, "capturable": cuda}
+    optimiser = torch.optim.AdamW(trained, lr, betas=(0.9, 0.999), **adamw)
     objective = Objective(model, run["centres"]).to(device)
-    if c.compile:  # as CUDA graphs, or the GPU waits for Python; DDP's hooks cannot be in one
-        objective = torch.compile(objective, mode="default" if world > 1 else "reduce-overhead")
-    if world > 1:
-        objective = nn.parallel.DistributedDataParallel(objective)
+    objective = torch.compile(objective) if c.compile else objective
+    objective = nn.parallel.DistributedDataParallel(objective) if world > 1 else objective
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=c.dtype == "bf16")
 
     sums = torch.zeros(4, device=device)  # since the last row of the log: three losses, and steps
@@ -479,6 +486,7 @@ def main():
             if (n := len(saved["states"])) != world:
                 raise UserError(f"{folder} was begun by {n} processes, not {world}")
             optimiser.load_state_dict(saved["optimiser"])
+            optimiser.param_groups[0]["lr"] = lr.fill_(get_lr(run["step"], c))
             sums += saved["states"][rank]["sums"].to(device)
             for rng, state in zip(rngs, saved["states"][rank]["rngs"], strict=True):
                 rng.set_state(state)
@@ -500,6 +508,25 @@ def main():
         stop.at_once = True  # until the next step a signal loses nothing
         return max(gather(stop.number))
 
+    def update():  # of the weights: a step, in which nothing may wait for the host
+        window = sample_windows(data, c.batch // world, c.context, window_rng)
+        window, text = [x.to(device, non_blocking=True) for x in window], None
+        if c.lm_coef:
+            text = sample_text(tokens, c.lm_batch // world, c.lm_length, text_rng)
+        count = window[-1].sum().float()  # valid steps
+        if world > 1:  # of all processes, whose gradients are averaged
+            dist.all_reduce(count.div_(world))
+        with autocast:
+            action_loss, lm_loss, similarity = losses = objective(window, count, text)
+        loss = action_loss + c.lm_coef * lm_loss - pull * similarity  # the paper's; Wiki-RL's
+        loss.backward()
+        nn.utils.clip_grad_norm_(trained, c.clip)
+        optimiser.step()
+        optimiser.zero_grad(set_to_none=True)
+        sums.add_(torch.stack([*losses, torch.ones_like(loss)]).detach())
+
+    if cuda and c.compile and world == 1 and data.obs.is_cuda:  # DDP's hooks cannot be captured
+        update = utils.as_graph(update, rngs[:2])
     model.train()
     left = range(run["step"], c.steps + 1)
     bar = tqdm(left, "training", c.steps, initial=left.start, disable=rank > 0, mininterval=1)
@@ -515,28 +542,9 @@ def main():
             break
 
         stop.at_once = False
-        lr = get_lr(step + 1, c)
-        for group in optimiser.param_groups:
-            group["lr"] = lr
-        window = sample_windows(data, c.batch // world, c.context, window_rng)
-        window, text = [x.to(device, non_blocking=True) for x in window], None
-        if c.lm_coef:
-            text = sample_text(tokens, c.lm_batch // world, c.lm_length, text_rng)
-            text = [x.to(device, non_blocking=True) for x in text]
-        count = window[-1].sum().float()  # valid steps
-        if world > 1:  # of all processes, whose gradients are averaged
-            dist.all_reduce(count.div_(world))
-        with autocast:
-            action_loss, lm_loss, similarity = losses = objective(window, count, text)
-        loss = action_loss + c.lm_coef * lm_loss  # the paper's objective
-        if c.similarity:
-            loss = loss - c.similarity * fading(step + 1) * similarity  # Wiki-RL's
-        loss.backward()
-        nn.utils.clip_grad_norm_(trained, c.clip)
-        optimiser.step()
-        optimiser.zero_grad(set_to_none=True)
-
-        sums += torch.stack([*losses, torch.ones_like(loss)]).detach()
+        lr.fill_(get_lr(step + 1, c))
+        pull.fill_(c.similarity * fading(step + 1))
+        update()
         if (step + 1) % c.log_every == 0 or step + 1 == c.steps:
             means = np.mean(gather((sums[:3] / sums[3]).tolist()), axis=0).tolist()
             sums.zero_()
@@ -547,14 +555,14 @@ def main():
             bar.set_postfix(shown := shown | row)
             if rank == 0:
                 seconds = time.time() - started - run["evaluating"]
-                log({"step": step + 1, **row, "lr": lr, "seconds": seconds})
+                log({"step": step + 1, **row, "lr": lr.item(), "seconds": seconds})
 
     if rank == 0 and stopping:
         print(f"stopped after step {step}; go on with: python train.py --resume {folder}")
     elif rank == 0:
         run["seconds"] = time.time() - started
         end_run(folder, run, environment)
-    del objective  # DDP's keeps the group alive
+    objective = None  # DDP's keeps the group alive
     if world > 1:
         dist.destroy_process_group()
     if stopping:

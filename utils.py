@@ -125,6 +125,39 @@ def choose_device(name=None):
         raise UserError(f"--device {name} cannot be used: {reason(error)}; use cpu") from error
 
 
+def as_graph(work, rngs=()):
+    """work as a CUDA graph, so that the GPU need not wait for Python to launch kernel by kernel.
+
+    work: a function of CUDA tensors, of the same shapes each time, that never waits for the host;
+    rngs: CUDA generators that it draws from, besides the default one. Returns a function that calls
+    work the first three times, then captures it, and replays it from there on. What it returns is
+    overwritten by the next call.
+    """
+    graph, stream, places, result, calls = torch.cuda.CUDAGraph(), torch.cuda.Stream(), [], None, 0
+    for rng in rngs:
+        graph.register_generator_state(rng)
+
+    def call(*inputs):
+        nonlocal places, result, calls
+        calls += 1
+        places = places or [x.clone() for x in inputs]  # a graph reads from the same places
+        for place, x in zip(places, inputs, strict=True):
+            place.copy_(x)
+        if calls > 3:
+            if calls == 4:
+                with torch.cuda.graph(graph):
+                    result = work(*places)
+            graph.replay()
+            return result
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):  # not on the default one, as capturing demands
+            made = work(*places)
+        torch.cuda.current_stream().wait_stream(stream)
+        return made
+
+    return call
+
+
 def hub_address():
     """Where the hub is, and the variables that say so: not what is in them, a proxy's password."""
     names = [name for name in os.environ if name.upper().endswith(("HF_ENDPOINT", "_PROXY"))]

@@ -38,7 +38,7 @@ from lora import inject_lora, mark_trainable, round_frozen
 from model import GPT, GPTConfig, LaMo, Objective
 from tasks import Environment, make_env
 from train import choose_dtype
-from utils import choose_device, run_command, write_atomically, write_json
+from utils import as_graph, choose_device, run_command, write_atomically, write_json
 
 SIZES = {  # of a language model, and the tokens of its blocks of text
     "mini": (GPTConfig(3, 3, 192, 257, 256, dropout=0.0), 256),  # the short preset's
@@ -161,18 +161,16 @@ def make_step(model, objective, size, lm_coef, device, dtype, batch, context):
     objective: called as model.Objective is; its first two losses count.
     """
     config, lm_length = size
-    data, window_rng = synthetic(100_000, device), torch.Generator(device).manual_seed(0)
-    tokens = np.random.default_rng(0).integers(config.vocab_size, size=10**6, dtype=np.uint16)
-    text_rng = torch.Generator().manual_seed(0)
+    data, cuda = synthetic(100_000, device), device.type == "cuda"
+    tokens = torch.randint(config.vocab_size, (10**6,), dtype=torch.int32, device=device)
     trained = [p for p in model.parameters() if p.requires_grad]
-    optimiser = torch.optim.AdamW(trained, lr=1e-4, weight_decay=1e-5, eps=1e-6, fused=True)
-    sums = torch.zeros(3, device=device)
+    lr = torch.tensor(1e-4, device=device)
+    adamw = {"weight_decay": 1e-5, "eps": 1e-6, "fused": True, "capturable": cuda}
+    optimiser, sums = torch.optim.AdamW(trained, lr, **adamw), torch.zeros(3, device=device)
 
     def step():
-        window, text = sample_windows(data, batch, context, window_rng), None
-        if lm_coef:
-            text = sample_text(tokens, LM_BATCH, lm_length, text_rng)
-            text = [x.to(device, non_blocking=True) for x in text]
+        window = sample_windows(data, batch, context, None)
+        text = sample_text(tokens, LM_BATCH, lm_length, None) if lm_coef else None
         count = window[-1].sum().float()
         with torch.autocast(device.type, torch.bfloat16, dtype == "bf16"):
             action_loss, lm_loss = objective(window, count, text)[:2]
@@ -187,12 +185,11 @@ def make_step(model, objective, size, lm_coef, device, dtype, batch, context):
 
 
 def our_step(size, lm_coef, device, dtype, mode="eager", batch=BATCH, context=CONTEXT):
-    """This project's step; mode: "eager", or torch.compile's."""
+    """This project's step; mode: "eager", or "graph", compiled and captured."""
     lamo = make_lamo(size[0], device, dtype)
-    objective = Objective(lamo)
-    if mode != "eager":
-        objective = torch.compile(objective, mode=mode)
-    return make_step(lamo, objective, size, lm_coef, device, dtype, batch, context)
+    objective = torch.compile(Objective(lamo)) if mode == "graph" else Objective(lamo)
+    step = make_step(lamo, objective, size, lm_coef, device, dtype, batch, context)
+    return as_graph(step) if mode == "graph" else step
 
 
 def peer_model(config):
@@ -243,7 +240,7 @@ def bench_steps(rows, name, device, ceilings):
     """Rows of training steps. Returns the seconds of train.py's, with the language loss."""
     config, lm_length = size = SIZES[name]
     dtype, cuda = next(iter(ceilings)), device.type == "cuda"  # train.py's dtype comes first
-    modes = ["eager", "default", "reduce-overhead"] if cuda else ["eager"]  # train.py's last
+    modes = ["eager", "graph"] if cuda else ["eager"]  # train.py's last
     for lm_coef in (0, 0.1):
         operations, peer = step_operations(config, LM_BATCH * lm_length if lm_coef else 0), None
         what = f"{name}, step, lm_coef {lm_coef}"
@@ -272,19 +269,25 @@ def bench_steps(rows, name, device, ceilings):
 
 def selection(lamo, n, device, dtype):
     """A function that does what the model does in a step of n environments, as evaluate.rollout."""
+
+    def predict(context):
+        with torch.autocast(device.type, torch.bfloat16, dtype == "bf16"):
+            return lamo.act(context).float()
+
+    replay = as_graph(predict) if device.type == "cuda" else predict
     tokens = deque(maxlen=2 * CONTEXT - 1)
     rtg, obs = torch.randn(n, 1, 1, device=device), torch.randn(n, 1, OBS, device=device)
     act = torch.rand(n, 1, ACT, device=device)
     timestep = torch.full((n, 1), 7, device=device)
-    alive = torch.arange(n, device=device)
 
     def select():
         with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, dtype == "bf16"):
             tokens.append(lamo.observe(rtg, obs, timestep)[:, 0])
-            lamo.act(torch.cat(tuple(tokens), dim=1)[alive]).float().cpu()
+            full = len(tokens) == tokens.maxlen
+            (replay if full else predict)(torch.cat(tuple(tokens), dim=1)).cpu()
             tokens.append(lamo.remember(act, timestep)[:, 0])
 
-    for _ in range(CONTEXT):
+    for _ in range(CONTEXT + 3):  # a full window, and captured
         select()
     return select
 
@@ -326,7 +329,7 @@ def bench_evaluation(rows, name, device, dtype):
 
 def bench_growth(rows, name, device, dtype):
     """Rows of what one thing costs as another grows, from where the other rows have it."""
-    size, mode = SIZES[name], "reduce-overhead" if device.type == "cuda" else "eager"
+    size, mode = SIZES[name], "graph" if device.type == "cuda" else "eager"
     step = partial(our_step, lm_coef=0, device=device, dtype=dtype, mode=mode)
     sizes = {12 * c.n_layer * c.n_embd**2: (replace(c, dropout=0.0), n) for c, n in SIZES.values()}
     lamo = make_lamo(size[0], device, dtype).eval()

@@ -129,6 +129,7 @@ def main():
     n_bytes = sum(Path(path).stat().st_size for path in c.heldout)
     starts = word_starts(encoding) if c.shuffle_words else None
     texts = [hashlib.sha256(x.data).hexdigest() for x in both]
+    tokens = torch.from_numpy(tokens)
 
     torch.manual_seed(c.seed)
     shape = GPTConfig(c.n_layer, c.n_head, c.n_embd, c.vocab_size, c.block_size, c.dropout)

@@ -342,7 +342,7 @@ def test_texts_that_cannot_be_used_are_refused(tmp_path, content):
 @settings(deadline=None)
 @given(st.integers(2, 200), st.integers(1, 5), st.integers(0, 100))
 def test_blocks_of_text_and_their_targets(n, batch, seed):
-    tokens, length = np.arange(n, dtype=np.uint16), max(1, n // 3)
+    tokens, length = torch.arange(n).to(torch.uint16), max(1, n // 3)
     x, y = data.sample_text(tokens, batch, length, torch.Generator().manual_seed(seed))
     assert x.shape == y.shape == (batch, length)
     assert torch.equal(y, x + 1)

@@ -107,3 +107,19 @@ def test_the_final_score_by_hand():
 def test_scores_are_0_for_random_and_100_for_an_expert(hopper):
     assert (hopper.score(-20.3), hopper.score(3234.3)) == (0, 100)
     assert hopper.score(1607.0) == pytest.approx(50)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA, or LAMO_TEST_CUDA is not set")
+def test_acting_as_a_cuda_graph_is_acting(hopper):
+    """Windows full or not, and episodes that have ended carried along."""
+    model, c = make_policy(hopper, K=4)
+    model.head.requires_grad_(False)[-1].weight *= 0.02  # it falls late
+    model.head[-1].bias *= 0.02
+    found = []
+    for device in ("cpu", "cuda"):  # on a CPU there is no graph
+        stats = torch.zeros(11, device=device), torch.ones(11, device=device)
+        found += [rollout(model.to(device), hopper, c, stats, [50.0, 5.0], 5)]
+    for plain, graph in zip(*found, strict=True):
+        assert plain["lengths"] == graph["lengths"]
+        assert len({*plain["lengths"]}) > 1
+        assert plain["returns"] == pytest.approx(graph["returns"], rel=1e-3)

@@ -232,7 +232,7 @@ def slow_losses(settings, world):
     environment, _ = find_environment(task, dataset)
     data = load_trajectories(dataset, environment.action_space, c.scale)
     model, _ = build_model(c, environment)
-    tokens, _ = load_text(c.corpus, model.gpt.config, c.lm_length)
+    text = torch.from_numpy(load_text(c.corpus, model.gpt.config, c.lm_length)[0])
     trained = [p for p in model.parameters() if p.requires_grad]
     optimiser = torch.optim.AdamW(trained, eps=1e-6, weight_decay=c.weight_decay)
     seeds = [c.seed + 1_000_003 * rank for rank in range(world)]
@@ -241,7 +241,7 @@ def slow_losses(settings, world):
     for step in range(1, c.steps + 1):
         parts = [sample_windows(data, c.batch // world, c.context, rng) for rng in rngs[0]]
         *window, act, time_step, valid = [torch.cat(x) for x in zip(*parts, strict=True)]
-        parts = [sample_text(tokens, c.lm_batch // world, c.lm_length, rng) for rng in rngs[1]]
+        parts = [sample_text(text, c.lm_batch // world, c.lm_length, rng) for rng in rngs[1]]
         x, y = [torch.cat(part) for part in zip(*parts, strict=True)]
         action_loss = ((model(*window, act, time_step) - act) ** 2)[valid].mean()
         lm_loss = F.cross_entropy(model.gpt(x).flatten(0, 1), y.flatten())
