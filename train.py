@@ -120,14 +120,16 @@ METHODS = {  # what each one sets; a flag that is typed wins over its row
 }
 PRESETS = {  # setting: the paper's; and without CUDA, or with the mini LM, one of minutes on a CPU
     "steps": (100_000, 2000),
+    "batch": (None, 32),  # None: the task's
     "warmup": (2500, 100),
     "cooldown": (0.0, 0.5),
-    "lr": (None, 5e-4),  # the paper's is the task's
-    "eval_every": (2500, 200),
+    "lr": (None, 5e-4),
+    "eval_every": (2500, 250),
     "episodes": (20, 10),
     "episode_limit": (0, 2000),
     "lm_length": (1024, 256),
     "dropout": (0.1, 0.0),
+    "lora_dropout": (None, 0.0),
 }
 HELP = f"{__doc__}\nmethods: {', '.join(METHODS)}; tasks: {', '.join(TASKS)}"
 
