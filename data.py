@@ -344,7 +344,7 @@ def parquet_to_text(files, out):
 
 
 def tokenise(path, encoding, length=1):
-    """The tokens of a UTF-8 text file, memory-mapped: (N,) uint16; kept in the cache by its hash.
+    """The tokens (N,) of a UTF-8 text file, memory-mapped, and kept in the cache by its hash.
 
     Raises UserError for what is no text, or shorter than a block of `length` and its targets.
     """
@@ -352,20 +352,19 @@ def tokenise(path, encoding, length=1):
     with reading(path, "a UTF-8 text"), open(path, "rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
     cached = cache_folder() / "tokens" / f"{digest[:32]}-{encoding.name}.bin"
+    dtype = np.uint16 if encoding.n_vocab <= 2**16 else np.uint32
 
     def write(file):
         with open(path, encoding="utf-8", newline="") as text:
             for chunk in tqdm(iter(lambda: text.read(1 << 20), ""), "tokenising, MB", delay=1):
-                whole = chunk + text.readline(
-                    1 << 20
-                )  # cut at a line's end, so that no word is cut
-                file.write(np.array(encoding.encode_ordinary(whole), np.uint16).tobytes())
+                whole = chunk + text.readline(1 << 20)  # so that no word is cut
+                file.write(np.array(encoding.encode_ordinary(whole), dtype).tobytes())
 
     with reading(path, "a UTF-8 text"):
         if not cached.is_file():
             write_atomically(cached, write)
     with reading(cached, "a file of tokens (delete it, and it is made again)"):
-        tokens = np.memmap(cached, np.uint16, mode="c") if cached.stat().st_size else np.zeros(0)
+        tokens = np.memmap(cached, dtype, mode="c") if cached.stat().st_size else np.zeros(0)
     if len(tokens) < length + 1:
         how = f"a block needs {length + 1}; give a longer --corpus or a shorter --lm-length"
         raise UserError(f"the text {path} has {len(tokens)} tokens, but {how}")
@@ -377,7 +376,7 @@ def load_text(corpus, config, length):
     find_text and tokenise. Raises UserError for blocks longer than the model's positions."""
     if length > config.block_size:
         raise UserError(f"--lm-length is {length}, but the model knows {config.block_size}")
-    encoding = get_encoding(config.vocab_size)
+    encoding = config.encoding or get_encoding(config.vocab_size)
     path, note = find_text(corpus, encoding.name == "bytes")
     return tokenise(path, encoding, length), note
 

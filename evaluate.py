@@ -224,7 +224,7 @@ def main():
     model.to(device)
     if args.prompt is not None:
         before = build_model(c, environment)[0].to(device)
-        encoding = get_encoding(model.gpt.config.vocab_size)
+        encoding = model.gpt.config.encoding or get_encoding(model.gpt.config.vocab_size)
         path, note = find_text(args.corpus)
         tokens = tokenise(path, encoding)[:TEXT_TOKENS]
         print(f"perplexity per token, on the first {len(tokens)} tokens of {note.split(',')[0]}")

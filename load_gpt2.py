@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 
+from llama import LLAMAS, find_llama, load_llama
 from model import ACTIVATIONS, GPT, GPTConfig
 from utils import UserError, choose, fetch, is_cached, no_network, reading, write_atomically
 
@@ -24,6 +25,7 @@ LANGUAGE_MODELS = {  # name: (repository on the hub or file, sizes of Radford et
     "distilgpt2": ("distilbert/distilgpt2", GPTConfig(6, 12, 768)),
     "mini": (MINI, GPTConfig(3, 3, 192, vocab_size=257, block_size=256)),
     "dt": (None, GPTConfig(3, 1, 128, vocab_size=257, activation="relu")),  # the paper's DT
+    **{name: (repository, None) for name, repository in LLAMAS.items()},  # see llama.py
 }
 WEIGHTS = "model.safetensors"  # the file's name in each repository
 SAME = {"gelu_pytorch_tanh": "gelu_new", "gelu_fast": "gelu_new", "swish": "silu"}  # functions
@@ -42,14 +44,18 @@ def choose_lm(cuda):
 def find_weights(name):
     """Path of the weights of a row of LANGUAGE_MODELS, fetched if need be, or of a file, or of a
     folder as transformers saves it. Raises UserError, naming what to do."""
-    for path in (Path(name), Path(name) / WEIGHTS, Path(name) / "pytorch_model.bin"):
-        if path.is_file() and name not in LANGUAGE_MODELS:
+    for file in ("", WEIGHTS, f"{WEIGHTS}.index.json", "pytorch_model.bin"):
+        if (path := Path(name) / file).is_file() and name not in LANGUAGE_MODELS:
             return path
     if Path(name).suffix or Path(name).is_absolute():
-        raise UserError(f"there are no weights {name}; give a .safetensors or .bin file, or folder")
+        raise UserError(
+            f"there are no weights {name}; give a .safetensors, .bin or .gguf file, or folder"
+        )
     repository, _ = LANGUAGE_MODELS[choose("lm", name, LANGUAGE_MODELS)]
     if repository is None:
         raise UserError(f"--lm {name} is a shape without weights: add --pretrained False")
+    if name in LLAMAS:
+        return find_llama(name)
     return MINI if repository == MINI else Path(fetch(name, repository, [WEIGHTS])[0])
 
 
@@ -70,7 +76,7 @@ def read_config(path, tensors, said):
     widths, from the published sizes; else it is a UserError.
     """
     vocab_size, n_embd = tensors["wte.weight"].shape
-    published = {c.n_embd: c.n_head for repository, c in LANGUAGE_MODELS.values() if repository}
+    published = {c.n_embd: c.n_head for place, c in LANGUAGE_MODELS.values() if place and c}
     n_head = said.get("n_head") or published.get(n_embd)
     if n_head is None:
         raise UserError(f"{path} does not say its number of heads; put its config.json beside it")
@@ -102,18 +108,21 @@ def scale_queries(tensors, said, config):
 
 
 def load_gpt2(name, dropout=0.1):
-    """GPT-2 by name or from a file, as a model.GPT in fp32 on the CPU.
+    """GPT-2 by name or from a file, as a model.GPT in fp32 on the CPU; LLaMAs as llama.Llama.
 
     name: as in find_weights; dropout: a number to train with, which no weights file holds. Raises
     UserError if it cannot be had, or if a tensor is missing, misshapen or left over.
     """
     path = find_weights(name)
-    with reading(path, "the weights of a GPT-2 (rm a download, and it is fetched again)"):
+    with reading(path, "the weights of a GPT-2 or LLaMA (rm a download, and it is fetched again)"):
+        beside = path.parent / "config.json"
+        text = beside.read_text() if beside.is_file() else "{}"
+        if path.suffix == ".gguf" or "hidden_size" in json.loads(text):
+            return load_llama(path, dropout)
         tensors, metadata = read_tensors(path)
         tensors = {key.removeprefix("transformer."): x.float() for key, x in tensors.items()}
-        beside = path.parent / "config.json"
-        text = metadata.get("config") or (beside.read_text() if beside.is_file() else "{}")
-        config = read_config(path, tensors, said := json.loads(text))
+        said = json.loads(metadata.get("config") or text)
+        config = read_config(path, tensors, said)
         scale_queries(tensors, said, config)
         # The head is tied, so a file may hold wte twice; ImageGPT's, over pixels, is not used.
         head = tensors.pop("lm_head.weight", tensors["wte.weight"])
@@ -137,12 +146,11 @@ def make_gpt(lm, pretrained, dropout, seed):
     pretrained: whether with its weights, or with random ones by the seed in the same shape.
     """
     torch.manual_seed(seed)  # random weights are part of what a seed fixes
-    if pretrained:
+    _, known = LANGUAGE_MODELS.get(lm, (None, None))
+    if pretrained or known is None:
         gpt = load_gpt2(lm, dropout)
-    else:
-        known = lm in LANGUAGE_MODELS
-        config = LANGUAGE_MODELS[lm][1] if known else load_gpt2(lm).config
-        gpt = GPT(replace(config, dropout=dropout))
+    if not pretrained:
+        gpt = type(gpt)(gpt.config) if known is None else GPT(replace(known, dropout=dropout))
     what = lm if pretrained else f"random weights in the shape of {lm}"
     return gpt, {"lm": what, "sha256": fingerprint(gpt)}
 

@@ -68,12 +68,13 @@ def mark_trainable(lamo, train, language=True, bias=True):
     """
     lamo.requires_grad_(True)
     for name, parameter in lamo.gpt.named_parameters():
-        read = language or name not in ("wte.weight", "wpe.weight")
+        read = language or name not in ("wte.weight", "wpe.weight", "lm_head.weight")
         parameter.requires_grad_(train == "all" and read)
     for layer in lamo.modules():
         if train == "lora" and isinstance(layer, LoRALinear):
             layer.requires_grad_(True).weight.requires_grad_(False)
-            layer.bias.requires_grad_(bias)
+            if layer.bias is not None:
+                layer.bias.requires_grad_(bias)
 
 
 def round_frozen(model):

@@ -22,7 +22,7 @@ import torch.nn.functional as F
 BINS = 512  # of each number, for the embedding `tokens` (section 5 of the paper, after RT-2)
 MU, LARGEST = 100, 1e5  # numbers up to LARGEST have bins, those around 0 the narrowest
 SPAN = math.log(MU * LARGEST + 1)
-ZERO = {50257: 15, 257: 48}  # the token "0" of each vocabulary; "1" to "9" follow it
+ZERO = {50257: 15, 257: 48, 49152: 32, 128256: 15, 151936: 15}  # vocabularies' "0"; 1 to 9 follow
 ACTIVATIONS = {  # of the MLP, by transformers' names; GPT-2's is the first
     "gelu_new": partial(F.gelu, approximate="tanh"),
     "gelu": F.gelu,
@@ -46,6 +46,7 @@ class GPTConfig:
     visual: bool = False  # ImageGPT (Chen et al. 2020): a norm of its own; its words are pixels
     activation: str = "gelu_new"  # a row of ACTIVATIONS
     norm_eps: float = 1e-5  # added to the variance in every norm
+    encoding = None  # no setting: the vocabulary tells the tokeniser, see data.get_encoding
 
 
 def norm(config):
@@ -117,6 +118,8 @@ class Block(nn.Module):
 
 class GPT(nn.Module):
     """GPT-2. The output head is wte itself (tied), so it has no parameter of its own."""
+
+    lora_targets = ("c_attn",)  # where LaMo puts LoRA: Q, K and V
 
     def __init__(self, config):
         super().__init__()

@@ -69,7 +69,7 @@ class Config:
     embed: str | None = None  # of return, state and action: a row of model.EMBEDDINGS
     lm_coef: float | None = None  # weight of the language loss; 0 does no language work
     similarity: float | None = None  # weight of Wiki-RL's pull of tokens towards words
-    lora_targets: tuple[str, ...] = ("c_attn",)  # linear layers that LoRA updates: c_attn, c_fc, ..
+    lora_targets: tuple[str, ...] | None = None  # layers that LoRA updates; None: Q, K and V
     lora_rank: int | None = None  # columns of LoRA's factors
     lora_alpha: float = 32  # LoRA's update is scaled by alpha / rank
     lora_dropout: float | None = None  # on the input of LoRA's update
@@ -160,8 +160,8 @@ def choose_settings(c, notes):
     fill(c, method)
     if c.lm is None:
         c.lm, why = choose_lm(cuda)
-    if c.pretrained:
-        find_weights(c.lm)  # what cannot be had is said before anything else is done
+    if c.pretrained and (path := find_weights(c.lm)).suffix == ".gguf":
+        why += f", {path}"
     c.env, c.device, short = env, str(device), not cuda or c.lm == "mini"
     notes["task"] = f"{env}, method {c.method}"
     notes["lm"] = f"{c.lm} ({why}){'' if c.pretrained else ', random weights'}"
@@ -214,6 +214,7 @@ def build_model(c, environment):
     gpt, base = make_gpt(c.lm, c.pretrained, c.dropout, c.seed)
     if c.embed == "tokens" and gpt.config.vocab_size not in ZERO:
         raise UserError(f"--embed tokens needs digits, and {c.lm} has none; use --embed mlp")
+    fill(c, {"lora_targets": gpt.lora_targets})
     torch.manual_seed(c.seed)  # so that the new parts do not depend on the base
     model = LaMo(gpt, *environment.sizes(), c.embed, c.max_ep_len)
     if c.train == "lora":
