@@ -47,10 +47,8 @@ def find_weights(name):
     for file in ("", WEIGHTS, f"{WEIGHTS}.index.json", "pytorch_model.bin"):
         if (path := Path(name) / file).is_file() and name not in LANGUAGE_MODELS:
             return path
-    if Path(name).suffix or Path(name).is_absolute():
-        raise UserError(
-            f"there are no weights {name}; give a .safetensors, .bin or .gguf file, or folder"
-        )
+    if name not in LANGUAGE_MODELS and (Path(name).suffix or Path(name).is_absolute()):
+        raise UserError(f"no weights {name}; give a .safetensors, .bin or .gguf file, or folder")
     repository, _ = LANGUAGE_MODELS[choose("lm", name, LANGUAGE_MODELS)]
     if repository is None:
         raise UserError(f"--lm {name} is a shape without weights: add --pretrained False")

@@ -160,6 +160,7 @@ def choose_settings(c, notes):
     fill(c, method)
     if c.lm is None:
         c.lm, why = choose_lm(cuda)
+    # What cannot be had is said before anything else is done.
     if c.pretrained and (path := find_weights(c.lm)).suffix == ".gguf":
         why += f", {path}"
     c.env, c.device, short = env, str(device), not cuda or c.lm == "mini"
