@@ -2,9 +2,8 @@
 
 Llama (Touvron et al. 2023, arXiv 2302.13971) has RMSNorm, a gated MLP, fewer heads for K and V than
 for Q, and rotary positions (Su et al. 2021, arXiv 2104.09864): Q and K turn by angles that grow
-with the position. Qwen2 adds biases to Q, K and V. So every token has a position: a window's
-trajectory tokens have 0 to 3K - 1, where GPT-2's have none but the time step. Padding stands on the
-right, behind all that is read, and needs no mask.
+with the position. So a window's trajectory tokens have positions 0 to 3K - 1, where GPT-2's have
+none but the time step. Padding stands on the right, behind what is read, and needs no mask.
 """
 
 import hashlib
@@ -31,7 +30,8 @@ LLAMAS = {  # name: repository on the hub
 }
 FILES = ["config.json", "tokenizer.json", "model.safetensors"]  # of each repository
 LONGEST = 1024  # tokens of a block of text, as GPT-2's; rotary positions set no limit
-VALID = {"model_type": "llama qwen2", "rope_type": "default llama3", "hidden_act": "silu"}
+VALID = {"model_type": "llama qwen2", "hidden_act": "silu"}  # what a config.json may ask for
+VALID |= dict.fromkeys(["rope_type", "type"], "default llama3")  # type: older files' rope_type
 VALID |= dict.fromkeys(["attention_bias", "mlp_bias", "use_sliding_window"], "False")
 WORDS = """
     hidden_size:embedding_length num_hidden_layers:block_count rope_type:rope.scaling.type
@@ -58,7 +58,7 @@ class LlamaConfig(GPTConfig):
     n_kv_head: int = 12  # heads of K and V
     n_mlp: int = 3072  # width within the MLP
     angles: tuple[float, ...] = ()  # D/2: radians from one position to the next
-    qkv_bias: bool = False
+    qkv_bias: bool = False  # Qwen2's
     tied: bool = True  # the head is wte
     encoding: tiktoken.Encoding | None = None  # where there is none, there is no language loss
 
@@ -85,9 +85,8 @@ class LlamaBlock(nn.Module):
         qk = qk.unflatten(-1, (H + G, -1)).transpose(1, 2)  # (B, H + G, T, D)
         turn = torch.arange(x.shape[1], device=x.device)[:, None] * self.angles  # (T, D/2)
         cos, sin, (a, b) = turn.cos(), turn.sin(), qk.chunk(2, dim=-1)  # numbers i and D/2 + i
-        qk = torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1).to(qk.dtype)
+        q, k = torch.cat([a * cos - b * sin, b * cos + a * sin], -1).to(qk.dtype).split((H, G), 1)
         v = self.v_proj(h).unflatten(-1, (G, -1)).transpose(1, 2)  # (B, G, T, D)
-        q, k = qk.split((H, G), dim=1)
         k, v = (y.repeat_interleave(H // G, dim=1) for y in (k, v))  # as many as of Q
         y = attend(q, k, v, self.drop.p if self.training else 0.0).transpose(1, 2)[:, read]
         x = x[:, read] + self.drop(self.o_proj(y.flatten(2)))
@@ -139,10 +138,9 @@ def read_gguf(path):
     said = {ours: words.get(f"{kind}.{theirs}") for ours, theirs in WORDS.items()}
     said |= {"model_type": kind, "vocab_size": len(vocab)}
     tensors = {x.name: torch.tensor(dequantize(x.data, x.tensor_type)) for x in reader.tensors}
-    for name, x in tensors.items():
-        if kind == "llama" and name.endswith(("attn_q.weight", "attn_k.weight")):
-            pairs = x.unflatten(0, (-1, said["head_dim"] // 2, 2))  # side by side
-            tensors[name] = pairs.transpose(1, 2).reshape(x.shape)
+    for name in [n for n in tensors if kind == "llama" and n.endswith(("_q.weight", "_k.weight"))]:
+        pairs = tensors[name].unflatten(0, (-1, said["head_dim"] // 2, 2))  # side by side
+        tensors[name] = pairs.transpose(1, 2).flatten(0, 2)
     merges = words.get("tokenizer.ggml.merges")
     bpe = {"vocab": {word: i for i, word in enumerate(vocab)}, "merges": merges}
     digits = [{"type": "Digits"}] if words.get("tokenizer.ggml.pre") == "smollm" else []
@@ -176,18 +174,20 @@ def load_llama(path, dropout):
         said, tokeniser = (json.loads(p.read_text()) if p.is_file() else {} for p in beside[:2])
         shards = path.parent.glob("model-*.safetensors") if path.suffix == ".json" else [path]
         tensors = {name: x for shard in shards for name, x in load_file(shard).items()}
-    rope = said.get("rope_parameters") or said.get("rope_scaling") or {}
-    said |= {"rope_type": rope.get("type"), **rope} if rope else {}
+    said |= said.get("rope_parameters") or said.get("rope_scaling") or {}
     for name, valid in VALID.items():
         choose(f"{name} of {path}", str(said.get(name) or valid.split()[0]), valid.split())
     C, H, V = said["hidden_size"], said["num_attention_heads"], said["vocab_size"]
     D = said.get("head_dim") or C // H
     angles = (said.get("rope_theta") or 10000.0) ** (-torch.arange(0, D, 2) / D)  # (D/2,)
-    if said.get("rope_type") == "llama3":  # slow pairs turn more slowly, for longer texts
-        turns = angles / (2 * torch.pi) * rope["original_max_position_embeddings"]
-        low, high = rope["low_freq_factor"], rope["high_freq_factor"]
+    if "llama3" in (
+        said.get("rope_type"),
+        said.get("type"),
+    ):  # slow pairs turn more slowly, for longer texts
+        turns = angles / (2 * torch.pi) * said["original_max_position_embeddings"]
+        low, high = said["low_freq_factor"], said["high_freq_factor"]
         kept = ((turns - low) / (high - low)).clamp(0, 1)
-        angles *= kept + (1 - kept) / rope["factor"]
+        angles *= kept + (1 - kept) / said["factor"]
     angles /= tensors.pop("rope_freqs.weight", 1.0)  # the same, in a GGUF
     parts = {name: [NAMES.get(part, part) for part in name.split(".")] for name in tensors}
     state = {".".join(filter(None, parts[name])): x.float() for name, x in tensors.items()}
