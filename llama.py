@@ -70,10 +70,9 @@ class LlamaBlock(nn.Module):
         super().__init__()
         C, M, D, bias = config.n_embd, config.n_mlp, 2 * len(config.angles), config.qkv_bias
         self.heads = H, G = config.n_head, config.n_kv_head
-        self.ln_1 = nn.RMSNorm(C, config.norm_eps)
+        self.ln_1, self.ln_2 = (nn.RMSNorm(C, config.norm_eps) for _ in range(2))
         self.q_proj, self.k_proj, self.v_proj = (nn.Linear(C, n * D, bias) for n in (H, G, G))
         self.o_proj = nn.Linear(H * D, C, bias=False)
-        self.ln_2 = nn.RMSNorm(C, config.norm_eps)
         self.gate_proj, self.up_proj = (nn.Linear(C, M, bias=False) for _ in range(2))
         self.down_proj = nn.Linear(M, C, bias=False)
         self.drop = nn.Dropout(config.dropout)
@@ -180,10 +179,7 @@ def load_llama(path, dropout):
     C, H, V = said["hidden_size"], said["num_attention_heads"], said["vocab_size"]
     D = said.get("head_dim") or C // H
     angles = (said.get("rope_theta") or 10000.0) ** (-torch.arange(0, D, 2) / D)  # (D/2,)
-    if "llama3" in (
-        said.get("rope_type"),
-        said.get("type"),
-    ):  # slow pairs turn more slowly, for longer texts
+    if "low_freq_factor" in said:  # Llama 3's: slow pairs turn more slowly, for longer texts
         turns = angles / (2 * torch.pi) * said["original_max_position_embeddings"]
         low, high = said["low_freq_factor"], said["high_freq_factor"]
         kept = ((turns - low) / (high - low)).clamp(0, 1)
