@@ -10,6 +10,7 @@ import h5py
 import minari
 import numpy as np
 import pytest
+import tiktoken
 import torch
 from gymnasium.spaces import Box, Discrete
 from hypothesis import HealthCheck, given, settings
@@ -337,6 +338,13 @@ def test_texts_that_cannot_be_used_are_refused(tmp_path, content):
     if content:
         path.write_bytes(content.replace(b"\xe9", b"e") + b".")  # one token more, and UTF-8
         assert len(tokenise(path, get_encoding(257), length=10)) == len(content) + 1
+
+
+def test_tokens_of_a_large_vocabulary_are_kept_whole(tmp_path):
+    ranks = {bytes([i]): 70_000 + i for i in range(256)}
+    large = tiktoken.Encoding("large", pat_str=".+", mergeable_ranks=ranks, special_tokens={})
+    (tmp_path / "text.txt").write_text("abc")
+    assert tokenise(tmp_path / "text.txt", large).tolist() == [70_097, 70_098, 70_099]
 
 
 @settings(deadline=None)

