@@ -304,17 +304,17 @@ def get_encoding(vocab_size):
     return tiktoken.Encoding("gpt2", pat_str=pieces, mergeable_ranks=ranks, special_tokens=end)
 
 
-def find_text(corpus=None, byte_level=True):
+def find_text(corpus=None, fallback=True):
     """The text to learn language from: (Path, a line that says what was taken and why).
 
     corpus: a file, "wikitext" (WikiText-103), "english" (the manual pages every Python has), or
-    None: WikiText-103 if it can be had, else, for the mini LM (byte_level), "english".
+    None: WikiText-103 if it can be had, else, with fallback (not for GPT-2), "english".
     """
     if corpus not in (None, "wikitext", "english"):
         return Path(corpus), f"{corpus}, as asked"
     path, why = cache_folder() / "wikitext-103-train.txt", None
     source = "Salesforce/wikitext", WIKITEXT, "dataset"
-    if corpus is None and byte_level and not (path.is_file() or is_cached(*source)):
+    if corpus is None and fallback and not (path.is_file() or is_cached(*source)):
         why = no_network()
     if corpus != "english" and not why:
         try:
@@ -377,7 +377,7 @@ def load_text(corpus, config, length):
     if length > config.block_size:
         raise UserError(f"--lm-length is {length}, but the model knows {config.block_size}")
     encoding = config.encoding or get_encoding(config.vocab_size)
-    path, note = find_text(corpus, encoding.name == "bytes")
+    path, note = find_text(corpus, encoding.name != "gpt2")
     return tokenise(path, encoding, length), note
 
 

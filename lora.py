@@ -63,8 +63,8 @@ def mark_trainable(lamo, train, language=True, bias=True):
 
     train "new": only what is outside the GPT (the trajectory embeddings, embed_ln, the time
     embedding, the head), the paper's frozen ablation; "lora": LoRA's factors and, with bias, the
-    biases beside them, too; "all": everything, but wte and wpe only for a language loss, since
-    nothing else reads them.
+    biases beside them, too; "all": everything, but wte, wpe and lm_head only for a language
+    loss, since nothing else reads them.
     """
     lamo.requires_grad_(True)
     for name, parameter in lamo.gpt.named_parameters():

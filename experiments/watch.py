@@ -217,6 +217,8 @@ def main():
     play = partial(rollout, model.to(device), environment, c, stats, seed=args.seed, progress=True)
     if args.video or args.gif:
         print_table(film(play, environment, c.targets, args.video, args.gif))
+    if args.attention and "c_attn" not in model.gpt.lora_targets:
+        raise UserError("--attention draws GPT-2s only, and this is a LLaMA; --gif draws both")
     if args.attention:
         at = c.context - 1 if args.at is None else args.at
         c.episode_limit, seen = at + 1, []  # it stops after the step, and its tokens are the last
