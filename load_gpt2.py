@@ -144,7 +144,7 @@ def make_gpt(lm, pretrained, dropout, seed):
     pretrained: whether with its weights, or with random ones by the seed in the same shape.
     """
     torch.manual_seed(seed)  # random weights are part of what a seed fixes
-    _, known = LANGUAGE_MODELS.get(lm, (None, None))
+    _, known = LANGUAGE_MODELS.get(lm, (None, None))  # a shape; else it is in the files
     if pretrained or known is None:
         gpt = load_gpt2(lm, dropout)
     if not pretrained:

@@ -213,12 +213,12 @@ def main():
     checkpoint["settings"] |= {name: x for name, x in given.items() if x is not None}
     device, c = choose_device(args.device), SimpleNamespace(**checkpoint["settings"])
     model, environment = load_policy(args.checkpoint, checkpoint)
+    if args.attention and "c_attn" not in model.gpt.lora_targets:
+        raise UserError("--attention draws GPT-2s only, and this is a LLaMA; --gif draws both")
     stats = checkpoint["obs_mean"].to(device), checkpoint["obs_std"].to(device)
     play = partial(rollout, model.to(device), environment, c, stats, seed=args.seed, progress=True)
     if args.video or args.gif:
         print_table(film(play, environment, c.targets, args.video, args.gif))
-    if args.attention and "c_attn" not in model.gpt.lora_targets:
-        raise UserError("--attention draws GPT-2s only, and this is a LLaMA; --gif draws both")
     if args.attention:
         at = c.context - 1 if args.at is None else args.at
         c.episode_limit, seen = at + 1, []  # it stops after the step, and its tokens are the last
