@@ -46,10 +46,8 @@ NAMES = """
     ffn_gate:gate_proj ffn_up:up_proj ffn_down:down_proj model: self_attn: mlp:
 """  # parts of a tensor's name in transformers' files and in a GGUF, and here
 WORDS, NAMES = (dict(word.split(":") for word in table.split()) for table in (WORDS, NAMES))
-SIGNS = r"[^\s\p{L}\p{N}\x04\x06\x13\x14\x16\x1d\U00040000-\U000bffff]"  # SmolLM2 lacks the last
-CUTS = (
-    rf"'(?:[sdmt]|ll|ve|re)| ?\p{{L}}+|\p{{N}}| ?{SIGNS}+|\s+(?![^\s\p{{N}}])|\s+"  # digits apart
-)
+SIGN = r"[^\s\p{L}\p{N}\x04\x06\x13\x14\x16\x1d\U00040000-\U000bffff]"  # SmolLM2 lacks the last
+CUTS = rf"'(?:[sdmt]|ll|ve|re)| ?\p{{L}}+|\p{{N}}| ?{SIGN}+|\s+(?![^\s\p{{N}}])|\s+"  # digits apart
 SHOWN = [*range(33, 127), *range(161, 173), *range(174, 256)]  # bytes that stand for themselves
 HIDDEN = [byte for byte in range(256) if byte not in SHOWN]
 BYTES = {chr(b): b for b in SHOWN} | {chr(256 + i): b for i, b in enumerate(HIDDEN)}  # as GPT-2
