@@ -124,7 +124,7 @@ PRESETS = {  # setting: the paper's; and without CUDA, or with the mini LM, one 
     "warmup": (2500, 100),
     "cooldown": (0.0, 0.5),
     "lr": (None, 5e-4),
-    "eval_every": (2500, 250),
+    "eval_every": (2500, 350),  # the last two of a short run are late ones
     "episodes": (20, 10),
     "episode_limit": (0, 2000),
     "lm_length": (1024, 256),
