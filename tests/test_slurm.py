@@ -79,7 +79,7 @@ def job_of(run, out):
 def test_jobs_outlive_the_sweep_which_takes_them_up_and_a_preempted_one_goes_on(slurm, tmp_path):
     # baselines learn no text, so bc does not know one of these flags
     words = [*SWEEP, "--gpus=0", "--method=dt,bc", "--workers=2", "--threads=1", "--out", tmp_path]
-    words += ["--flags", f"{FLAGS} 300", "--slurm", "comment=one two"]
+    words += ["--flags", f"{FLAGS} 1000", "--slurm", "comment=one two"]
     sweep, log = start(*words), tmp_path / name_of(DT) / "log.jsonl"
     wait_for(log, sweep)
     job = job_of(DT, tmp_path)
@@ -93,7 +93,7 @@ def test_jobs_outlive_the_sweep_which_takes_them_up_and_a_preempted_one_goes_on(
     assert job_of(DT, tmp_path) == job
     assert state_of(DT, tmp_path) == "finished"
     assert "going on with" in (tmp_path / "logs" / f"{name_of(DT)}.txt").read_text()
-    assert [row["step"] for row in log_of(log.parent) if "lr" in row] == [*range(2, 301, 2)]
+    assert [row["step"] for row in log_of(log.parent) if "lr" in row] == [*range(2, 1001, 2)]
     assert "--lm-length" in out  # its output's last lines
 
 
