@@ -120,7 +120,10 @@ def choose_device(name=None):
     """The torch.device of a name; None: CUDA if there is one. Raises UserError if it is absent."""
     name = name or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        return torch.empty(0, device=name).device
+        device = torch.empty(0, device=name).device
+        if device.type == "cuda":
+            torch.cuda.set_device(device)  # for as_graph, whose streams are the current device's
+        return device
     except (RuntimeError, AssertionError) as error:
         raise UserError(f"--device {name} cannot be used: {reason(error)}; use cpu") from error
 
@@ -145,7 +148,7 @@ def as_graph(work, rngs=()):
             place.copy_(x)
         if calls > 3:
             if calls == 4:
-                with torch.cuda.graph(graph):
+                with torch.cuda.graph(graph):  # not on `stream`: see PyTorch's issue 193402
                     result = work(*places)
             graph.replay()
             return result

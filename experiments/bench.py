@@ -270,22 +270,27 @@ def bench_steps(rows, name, device, ceilings):
 def selection(lamo, n, device, dtype):
     """A function that does what the model does in a step of n environments, as evaluate.rollout."""
 
+    autocast = partial(torch.autocast, device.type, torch.bfloat16, dtype == "bf16")
+
     def predict(context):
-        with torch.autocast(device.type, torch.bfloat16, dtype == "bf16"):
+        with autocast():
             return lamo.act(context).float()
 
-    replay = as_graph(predict) if device.type == "cuda" else predict
-    tokens = deque(maxlen=2 * CONTEXT - 1)
+    replay, tokens = (
+        as_graph(predict) if device.type == "cuda" else predict,
+        deque(maxlen=2 * CONTEXT),
+    )
     rtg, obs = torch.randn(n, 1, 1, device=device), torch.randn(n, 1, OBS, device=device)
     act = torch.rand(n, 1, ACT, device=device)
     timestep = torch.full((n, 1), 7, device=device)
 
+    @torch.no_grad()
     def select():
-        with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, dtype == "bf16"):
+        with autocast():
             tokens.append(lamo.observe(rtg, obs, timestep)[:, 0])
-            full = len(tokens) == tokens.maxlen
-            (replay if full else predict)(torch.cat(tuple(tokens), dim=1)).cpu()
             tokens.append(lamo.remember(act, timestep)[:, 0])
+        context = torch.cat(tuple(tokens)[:-1], dim=1)  # it ends in the last s_t
+        (replay if len(tokens) == tokens.maxlen else predict)(context).cpu()
 
     for _ in range(CONTEXT + 3):  # a full window, and captured
         select()
@@ -345,7 +350,10 @@ def bench_growth(rows, name, device, dtype):
         for value in values:
             torch.compiler.reset()  # or it would compile for any value at once
             row = {"grows": grows, "timed": timed, "value": value, "exponent": None}
-            taken = seconds(make(value), device)
+            work = make(value)
+            for _ in range(4 if device.type == "cuda" else 0):  # until it is compiled and captured
+                work()
+            taken = seconds(work, device)
             if before:
                 row["exponent"] = math.log(taken / before[1]) / math.log(value / before[0])
             add(rows, f"{timed}, {grows} {value:,}", taken, **row)
