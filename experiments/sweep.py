@@ -36,7 +36,8 @@ from utils import StopSignals, UserError, choose, no_network, reason, run_comman
 
 ALGORITHMS = ("bc", "td3bc", "iql", "cql", "bcq", "nfq")  # the other methods are train.py's
 PROBE_STEPS = 20  # after which a step's time is known
-OWN_FLAGS = "--env --method --algo --ratio --seed --lm --out --name --resume"  # given to each run
+AXES = {"seed": int, "env": str, "ratio": float, "method": str, "lm": str, "mode": str}  # of a grid
+OWN_FLAGS = ["--algo", "--out", "--name", "--resume", *(f"--{name}" for name in AXES)]
 GRACE_SECONDS = 120  # that SLURM leaves a preempted job at most
 POLL_SECONDS = 0.5  # between looks at the runs' logs
 QUEUE_SECONDS = 5  # between looks at SLURM's queue
@@ -44,17 +45,19 @@ QUEUE_SECONDS = 5  # between looks at SLURM's queue
 PAPER_METHODS = ("lamo", "dt", "wiki-rl", "cql", "iql", "td3bc", "bc")  # tables 1 and 3
 ATARI_METHODS = ("lamo", "dt", "wiki-rl", "cql", "bcq", "nfq", "bc")  # table 2
 ABLATIONS = ("lamo", "lamo-nolm", "lamo-linear", "lamo-freeze", "lamo-full", "lamo-random", "dt")
+SCARCE = ("lamo", "lamo-random", "dt", "bc")
 OTHER_LMS = ("assets/mini-lm-early.safetensors", "assets/mini-lm-random-corpus.safetensors")
 
 
 @dataclass
 class Config:
-    study: tyro.conf.Positional[str | None] = None  # a row of STUDIES; the next five pick a part
+    study: tyro.conf.Positional[str | None] = None  # a row of STUDIES; the next six pick a part
     env: str | None = None  # tasks, between commas
     method: str | None = None  # methods of train.py, and bc, td3bc, iql, cql, bcq, nfq
     ratio: str | None = None  # shares of the dataset; None: 1
     seed: str | None = None  # None: 0,1,2
     lm: str | None = None  # language models, or paths of weights
+    mode: str | None = None  # normal, delayed; None: normal
     flags: str = ""  # more flags for each run, in quotes: --flags "--steps 500"
     out: str = "runs"  # where the runs' folders are
     workers: int = 1  # runs at a time
@@ -70,10 +73,10 @@ class Config:
 # --- which runs ----------------------------------------------------------------------------------
 
 
-def grid(env, method=("lamo",), ratio=(1.0,), seed=(0, 1, 2), lm=(None,)):
+def grid(env, method=("lamo",), ratio=(1.0,), seed=(0, 1, 2), lm=(None,), mode=("normal",)):
     """Every combination, as dictionaries; seeds outermost, so that each is a whole study."""
-    names = ("seed", "env", "ratio", "method", "lm")
-    return [dict(zip(names, row, strict=True)) for row in product(seed, env, ratio, method, lm)]
+    every = product(seed, env, ratio, method, lm, mode)
+    return [dict(zip(AXES, values, strict=True)) for values in every]
 
 
 STUDIES = {  # the paper's tables by their numbers in it, and what the README reports
@@ -91,28 +94,36 @@ STUDIES = {  # the paper's tables by their numbers in it, and what the README re
         *grid(["reacher2d"], (*METHODS, *ALGORITHMS[:4])),
         *grid(["hopper"], ("lamo",), (0.01,), lm=OTHER_LMS),
         *grid(["reacher2d"], ("lamo",), lm=OTHER_LMS),
-        *grid(["walker2d", "halfcheetah"], ("lamo", "lamo-random", "dt", "bc"), (0.01,)),
+        *grid(["walker2d", "halfcheetah"], SCARCE, (0.01,)),
+    ],
+    "scarce": [  # few episodes or delayed reward, where the paper's lead is largest
+        *grid(["reacher2d"], SCARCE, (0.1, 0.3), seed=range(10)),
+        *grid(["hopper"], SCARCE, (0.01,), seed=range(5), mode=("delayed",)),
     ],
 }
 
 
 def name_of(run):
     """The run's folder in --out: its place in the grid."""
-    parts = [run["env"], run["method"], f"{run['ratio']:g}"]
-    if run["lm"]:
-        parts.append(Path(run["lm"]).name.removesuffix(".safetensors"))
-    return "-".join([*parts, f"s{run['seed']}"]).replace("/", "-")
+    mode, lm = run["mode"].replace("normal", ""), Path(run["lm"] or "").name
+    parts = [run["env"], run["method"], f"{run['ratio']:g}", mode, lm.removesuffix(".safetensors")]
+    return "-".join([*filter(None, parts), f"s{run['seed']}"]).replace("/", "-")
+
+
+def parse(flag, text, kind):
+    """A flag's text as `kind` reads it. Raises UserError."""
+    try:
+        return kind(text)
+    except ValueError as error:
+        raise UserError(f"--{flag} {text}: {error}") from error
 
 
 def runs_of(args):
     """The runs that were asked for, each once. Raises UserError for what is no study or grid."""
     asked = {}
-    for name, kind in (("env", str), ("method", str), ("ratio", float), ("seed", int), ("lm", str)):
+    for name, kind in AXES.items():
         if typed := getattr(args, name):
-            try:
-                asked[name] = [kind(part) for part in typed.split(",")]
-            except ValueError as error:
-                raise UserError(f"--{name} {typed}: {error}") from error
+            asked[name] = [parse(name, part, kind) for part in typed.split(",")]
     if args.study:
         runs = STUDIES[choose("study", args.study, STUDIES)]
         runs = [run for run in runs if all(run[name] in asked[name] for name in asked)]
@@ -129,18 +140,6 @@ def runs_of(args):
         if by_name.setdefault(name_of(run), run) != run:
             raise UserError(f"two runs would be called {name_of(run)}; change --ratio or --lm")
     return list(by_name.values())
-
-
-def flags_of(text):
-    """--flags as a list of words. Raises UserError for those that the sweep itself gives."""
-    try:
-        words = shlex.split(text)
-    except ValueError as error:
-        raise UserError(f"--flags {text}: {error}") from error
-    for word in words:
-        if word.split("=")[0] in OWN_FLAGS.split():
-            raise UserError(f"--flags has {word}, which the sweep gives each run; leave it out")
-    return words
 
 
 # --- one run -------------------------------------------------------------------------------------
@@ -178,12 +177,10 @@ def start(run, out, flags, threads, **how):
         command = ["train.py", "--resume", str(folder)]
     else:
         shutil.rmtree(folder, ignore_errors=True)  # a baseline's, or of a run that saved nothing
-        command = ["train.py", "--method", run["method"]]
+        command, own = ["train.py"], {"out": out, "name": name_of(run), **run}
         if run["method"] in ALGORITHMS:
-            command = ["-m", "experiments.baselines", "--algo", run["method"]]
-        command += ["--env", run["env"], "--ratio", str(run["ratio"]), "--seed", str(run["seed"])]
-        command += ["--lm", run["lm"]] if run["lm"] else []
-        command += ["--out", str(out), "--name", name_of(run), *flags]
+            command, own["algo"] = ["-m", "experiments.baselines"], own.pop("method")
+        command += [f"--{name}={x}" for name, x in own.items() if x is not None] + flags
     log.parent.mkdir(parents=True, exist_ok=True)
     how["env"] = os.environ | {"OMP_NUM_THREADS": str(threads)}
     with open(log, "a" if resumes else "w") as file:
@@ -241,8 +238,7 @@ def estimate(runs, out, flags, workers, threads):
     for run in runs:
         done, steps, seconds = progress_of(run, out)
         if not seconds:
-            place = [run["env"], run["method"], f"{run['ratio']:g}", run["lm"] or "", *flags]
-            key = f"{shlex.join(place)}, {threads} threads"
+            key = " ".join([name_of(run | {"seed": 0}), *flags, f"{threads} threads"])
             if key not in known:
                 known[key] = measure(run, flags, threads)
                 write_json(kept, {kind: found for kind, found in known.items() if found[1]})
@@ -385,7 +381,9 @@ def main():
         i = words.index("--flags")
         words[i : i + 2] = [f"--flags={words[i + 1]}"]
     args = tyro.cli(Config, args=words, description=__doc__)
-    runs, out, flags = runs_of(args), args.out, flags_of(args.flags)
+    runs, out, flags = runs_of(args), args.out, parse("flags", args.flags, shlex.split)
+    if own := {word.split("=")[0] for word in flags}.intersection(OWN_FLAGS):
+        raise UserError(f"--flags has {own.pop()}, which the sweep gives each run; leave it out")
     if args.workers < 1:
         raise UserError(f"--workers is {args.workers}, but must be at least 1")
     if args.cluster and shutil.which("srun") is None:
