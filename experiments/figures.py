@@ -1,4 +1,4 @@
-"""Figures of report.py: learning curves, score against ratio, language loss, interquartile means.
+"""Figures of report.py: learning curves, scores by ratio and by seed, language loss, IQM.
 
 Made for a column of a paper. A method has the same colour in every figure of a report. A cell is a
 list of report.py's Runs, a seed each.
@@ -23,13 +23,16 @@ STYLE |= {"grid.alpha": 0.3, "grid.linewidth": 0.5, "lines.linewidth": 1.3, "lin
 
 
 @contextmanager
-def drawing(path, height, rows=1, columns=1, legend=0, **more):
-    """A figure, and its axes (rows, columns), to draw on; then writes a PNG.
+def drawing(path, height, panels=1, columns=1, width=COLUMN, legend=0, **more):
+    """A figure, and a list of its axes, to draw on; then writes a PNG.
 
-    height: in inches; legend: the number of its entries, below the axes."""
+    height, width: in inches; legend: the number of its entries, below the axes."""
     with matplotlib.rc_context(STYLE):
-        figure = Figure((COLUMN, height + 0.08 * legend), layout="constrained")
-        yield figure, figure.subplots(rows, columns, squeeze=False, **more)
+        figure = Figure((width, height + 0.08 * legend), layout="constrained")
+        axes = figure.subplots(-(-panels // columns), columns, squeeze=False, **more).flat
+        for axis in axes[panels:]:
+            axis.set_axis_off()
+        yield figure, axes[:panels]
         if legend:
             figure.legend(loc="outside lower center", ncols=2, frameon=False)
         write_atomically(path, lambda file: figure.savefig(file, dpi=DPI))
@@ -49,18 +52,14 @@ def draw_curves(path, heading, cells, colours):
     cells: {name: cell}. Runs of value-based methods have more steps, so the axis is the share of a
     run's steps.
     """
-    columns = min(3, len(cells))
-    rows, first = -(-len(cells) // columns), next(iter(cells))
+    columns, first = min(3, len(cells)), next(iter(cells))
     own = np.mean([run.data_score for cell in cells.values() for run in cell])
-    height, shared = 0.95 + 1.05 * rows, dict(sharex=True, sharey=True)
-    with drawing(path, height, rows, columns, **shared) as (figure, axes):
-        heading = textwrap.fill(heading, 52)
-        figure.suptitle(f"{heading}\nthin: {first}; dotted: the data's own")
+    height, shared = 0.95 + 1.05 * -(-len(cells) // columns), dict(sharex=True, sharey=True)
+    with drawing(path, height, len(cells), columns, **shared) as (figure, axes):
+        figure.suptitle(f"{textwrap.fill(heading, 52)}\nthin: {first}; dotted: the data's own")
         figure.supxlabel("share of the training steps (%)", fontsize=8)
         figure.supylabel("score", fontsize=8)
-        for axis in axes.flat[len(cells) :]:
-            axis.set_axis_off()
-        for axis, (name, cell) in zip(axes.flat, cells.items(), strict=False):
+        for axis, (name, cell) in zip(axes, cells.items(), strict=True):
             axis.axhline(own, color="#777777", linewidth=0.9, linestyle=":")
             mean = np.mean([run.curve for run in cells[first]], axis=0)  # (evaluations, 2)
             axis.plot(*mean.T, color=colours[first], linewidth=0.8)
@@ -71,31 +70,28 @@ def draw_curves(path, heading, cells, colours):
 
 def draw_ratios(path, heading, lines, colours):
     """Score against the share of the data, the paper's Figure 3. lines: {name: {ratio: cell}}."""
-    with drawing(path, 2.4, legend=len(lines)) as (_, ((axis,),)):
+    with drawing(path, 2.4, legend=len(lines)) as (_, (axis,)):
         for i, (name, points) in enumerate(lines.items()):
             x = [100 * ratio * 1.02**i for ratio in points]  # so that no bar covers another
             scores = [[run.score for run in cell] for cell in points.values()]
             mean, std = list(map(np.mean, scores)), list(map(np.std, scores))
             axis.errorbar(x, mean, std, color=colours[name], marker="o", capsize=2, label=name)
         ratios = sorted({ratio for points in lines.values() for ratio in points})
+        axis.set(xlabel="share of the dataset's trajectories (%)", ylabel="score", title=heading)
         axis.set_xscale("log")
         axis.set_xticks([100 * r for r in ratios], [f"{100 * r:g}" for r in ratios])
         axis.minorticks_off()
-        axis.set_xlabel("share of the dataset's trajectories (%)")
-        axis.set_ylabel("score")
-        axis.set_title(heading)
 
 
 def draw_language(path, heading, cells, colours):
     """Language loss against step, the paper's Figure 6a. cells: {name: cell}."""
-    with drawing(path, 2.4, legend=len(cells)) as (_, ((axis,),)):
+    with drawing(path, 2.4, legend=len(cells)) as (_, (axis,)):
         for name, cell in cells.items():
             # --log-every may differ between seeds
             steps = set.intersection(*({step for step, _ in run.language} for run in cell))
             curves = [[point for point in run.language if point[0] in steps] for run in cell]
             band(axis, curves, name, colours[name])
-        axis.set_xlabel("training step")
-        axis.set_ylabel("language loss (nats a token)")
+        axis.set(xlabel="training step", ylabel="language loss (nats a token)")
         axis.set_title(textwrap.fill(heading, 44))
 
 
@@ -104,7 +100,7 @@ def draw_iqm(path, heading, panels, colours):
     titles = [textwrap.fill(rows.replace(" %", "\xa0%"), 52) for rows in panels]
     sizes = [0.65 + 0.0025 * len(rows) + 0.2 * len(panels[rows]) for rows in panels]
     with drawing(path, sum(sizes), len(panels), height_ratios=sizes) as (_, axes):
-        for axis, title, means in zip(axes[:, 0], titles, panels.values(), strict=True):
+        for axis, title, means in zip(axes, titles, panels.values(), strict=True):
             for y, (name, (mean, low, high)) in enumerate(means.items()):
                 bar = dict(color=colours[name], linewidth=4, alpha=0.35, solid_capstyle="butt")
                 if low is not None:
@@ -114,3 +110,33 @@ def draw_iqm(path, heading, panels, colours):
             axis.set_ylim(len(means) - 0.4, -0.6)
             axis.set_xlabel(heading)
             axis.set_title(title, loc="right")
+
+
+def draw_seeds(path, heading, panels, colours):
+    """Every seed's score by method, and a line through the scores of each seed.
+
+    panels: {title: ({name: cell}, {name: the paper's "mean ± std"})}.
+    """
+    names = [name for name in colours if any(name in cells for cells, _ in panels.values())]
+    columns = min(3, len(panels))
+    height = (0.75 + 0.3 * len(names)) * -(-len(panels) // columns)
+    size = dict(columns=columns, width=COLUMN * min(2, columns), sharey=True)
+    with drawing(path, height, len(panels), **size) as (figure, axes):
+        figure.supxlabel(f"{heading}; bar: mean; diamond: the paper's mean ± std", fontsize=7)
+        axes[0].set_yticks(range(len(names)), names, fontsize=7)
+        axes[0].set_ylim(len(names) - 0.4, -0.6)
+        for axis, (title, (cells, paper)) in zip(axes, panels.items(), strict=True):
+            axis.set_title(textwrap.fill(title, 30), fontsize=7)
+            lines = {}  # of each seed: its points
+            for name, cell in cells.items():
+                y, scores = names.index(name), [run.score for run in cell]
+                for run in cell:
+                    lines.setdefault(run.seed, []).append((run.score, y))
+                axis.plot(scores, [y] * len(cell), "o", color=colours[name], alpha=0.7)
+                axis.plot(np.mean(scores), y, "|k", markersize=13, markeredgewidth=1.5)
+                if name in paper:
+                    mean, std = map(float, paper[name].split(" ± "))
+                    bar = dict(xerr=std, fmt="D", linewidth=0.9, markerfacecolor="white")
+                    axis.errorbar(mean, y + 0.3, color="#777777", **bar)
+            for line in lines.values():
+                axis.plot(*np.array(line).T, color="#999999", linewidth=0.5, zorder=1)

@@ -20,15 +20,16 @@ STEPS, EVERY = 10, 2  # so that the evaluations at steps 10 alone are in the las
 
 
 def write_run(top, name, scores, method="lamo", seed=0, sha256="0" * 64, note="Hopper-v5", **other):
-    """A run's folder, as train.py or baselines.py leaves it. scores: at each evaluation, the score
-    of targets 3600 and 1800; note: on the environment; other: settings, and the dataset's id."""
-    folder, dataset = top / name, other.pop("dataset", "lamo/hopper/medium-v0")
+    """A run's folder, as train.py or baselines.py leaves it. scores: at each evaluation, those of
+    targets 3600 and 1800; note: on the environment; other: settings, data_score, data_dataset."""
+    folder, data = top / name, {"score": 38.0, "dataset": "lamo/hopper/medium-v0"}
+    data |= {key: other.pop(f"data_{key}") for key in data if f"data_{key}" in other}
     folder.mkdir(parents=True)
     chosen = {"env": "hopper", "ratio": 0.01, "mode": "normal", "method": method, "seed": seed}
     chosen |= {"lm": "mini", "steps": STEPS, "eval_every": EVERY, "name": name} | other
     config = {"settings": chosen, "notes": {"environment": note}}
     config |= {"base": {"lm": chosen["lm"], "sha256": sha256}}
-    config |= {"data": {"score": 38.0, "dataset": dataset}}
+    config |= {"data": data}
     (folder / "config.json").write_text(json.dumps(config))
     rows = []
     for i, pair in enumerate(scores, 1):
@@ -61,6 +62,8 @@ def test_a_table_is_what_one_computes_by_hand(tmp_path):
     assert float(bc["std"]) == pytest.approx(math.sqrt(1400 / 3), abs=1e-3)
     for name in ("curves", "language"):
         assert Image.open(out / f"{name}-hopper-lamo-hopper-medium-v0-0.01.png").width == 544
+    assert "seed by seed" not in text
+    assert not (out / "seeds.png").exists()
 
 
 def test_one_seed_and_missing_seeds_are_said(tmp_path):
@@ -90,7 +93,8 @@ def test_runs_of_other_settings_have_a_column_of_their_own(tmp_path):
             other |= {"scale": 1.0, "newer": True} if seed else {"scale": 1}  # by newer code
             write_run(tmp_path, f"{i}-{seed}", scores, seed=seed, pretrained=True, **other)
     cells = make_cells(*read_runs([tmp_path]))
-    scores = {name: [run.score for run in cell] for (_, name), cell in cells.items()}
+    (here,) = cells.values()
+    scores = {name: [run.score for run in cell] for name, cell in here.items()}
     assert scores == {name: [10.0 * i] * 2 for i, name in enumerate(columns)}
 
 
@@ -99,7 +103,7 @@ def test_a_ratio_is_a_row_and_so_is_a_dataset_and_both_are_drawn(tmp_path):
         for method in ("lamo", "dt", "wiki-rl", "bc", "lamo-full"):
             name = f"{method}-{ratio}"
             write_run(tmp_path / "runs", name, [(50, 40)], method, ratio=ratio, steps=EVERY)
-    write_run(tmp_path / "runs", "other", rising(70.0), dataset="lamo/hopper/medium-1pct-v0")
+    write_run(tmp_path / "runs", "other", rising(70.0), data_dataset="lamo/hopper/medium-1pct-v0")
     call(report.main, tmp_path / "runs", "--out", tmp_path)
     rows = {(r["ratio"], r["dataset"]) for r in csv.DictReader((tmp_path / "report.csv").open())}
     ids = (("0.01", "medium-v0"), ("0.1", "medium-v0"), ("0.01", "medium-1pct-v0"))
@@ -164,12 +168,41 @@ def test_aggregates_are_over_rows_that_all_their_methods_have(tmp_path):
         if (env, method) != ("ant", "bc"):
             name = f"{env}-{method}-{seed}"
             write_run(tmp_path, name, rising(10.0 * seed), method, seed, env=env)
+    for method in ("lamo", "dt"):  # a row of its own, not pooled with the others
+        write_run(tmp_path, f"delayed-{method}", rising(90.0), method, mode="delayed")
     plain = "X-v0; no reference returns, so scores are plain returns"
     write_run(tmp_path, "cartpole", rising(500.0), env="cartpole", note=plain)
     three, two = aggregate(make_cells(*read_runs([tmp_path]))).items()
     assert (three[0], list(three[1])) == ("ant 1 %, hopper 1 %, walker2d 1 %", ["LaMo", "DT"])
     assert two[0] == "hopper 1 %, walker2d 1 %"
     assert {name: value[0] for name, value in two[1].items()} == {"LaMo": 5, "DT": 5, "BC": 5}
+
+
+def test_pairs_are_of_one_seed_and_its_episodes(tmp_path):
+    draw, scores = np.random.default_rng(0), {}
+    for method, seeds in (("lamo", range(10)), ("dt", range(1, 11)), ("bc", range(4))):
+        for seed in seeds:
+            scores[method, seed] = draw.normal(20, 5)
+            other = {"data_score": 40.0} if (method, seed) == ("dt", 9) else {}  # other episodes
+            last = rising(scores[method, seed])
+            write_run(tmp_path / "runs", f"{method}-{seed}", last, method, seed, **other)
+            if seed < 4:
+                name = f"{method}-{seed}-delayed"
+                write_run(tmp_path / "runs", name, rising(90.0), method, seed, mode="delayed")
+    call(report.main, tmp_path / "runs", "--out", tmp_path)
+    text = (tmp_path / "report.md").read_text().partition("seed by seed")[2]
+    (line,) = (line for line in text.splitlines() if line.startswith("| hopper"))  # BC has too few
+    row, _, name, mean, interval, ahead, ours, theirs = line.strip("| ").split(" | ")
+    pairs = [(scores["lamo", seed], scores["dt", seed]) for seed in range(1, 9)]
+    minus = [a - b for a, b in pairs]
+    assert (row, name, mean) == ("hopper 1 %", "DT", f"{sum(minus) / 8:+.1f}")
+    assert ahead == f"{sum(a > b for a, b in pairs)} of 8 seeds"
+    means = [np.mean([minus[i] for i in draw.integers(0, 8, 8)]) for _ in range(10_000)]
+    limits = [float(x) for x in interval.split(" to ")]
+    assert limits == pytest.approx(np.quantile(means, [0.025, 0.975]), abs=0.2)
+    for text, side in zip((ours, theirs), zip(*pairs, strict=True), strict=True):
+        assert text.startswith(f"{slow_iqm(side):.1f} (")
+    assert Image.open(tmp_path / "seeds.png").width == 544  # one panel: delayed has too few seeds
 
 
 def test_a_packed_study_gives_the_report_of_its_folders(tmp_path):
@@ -189,16 +222,16 @@ def test_a_packed_study_gives_the_report_of_its_folders(tmp_path):
 def test_docs_and_readme_have_the_figures_of_the_packed_studies():
     runs, remarks = read_runs([ROOT / "results/bundled.jsonl", ROOT / "results/ratios.jsonl"])
     cells, paper = make_cells(runs, remarks), report.read_paper()
-    names = sorted({name for _, name in cells}, key=report.place_of)
+    names = sorted({name for here in cells.values() for name in here}, key=report.place_of)
     made = [line for line in report.tables(cells, names, {}, paper) if line.startswith("|")]
     assert remarks == []
     assert set(made) <= set((ROOT / "docs/results.md").read_text().splitlines())
     readme = (ROOT / "README.md").read_text().replace("*", "")
-    for row in (row for row, name in cells if name == "BC"):  # the bundled data
+    for row in (row for row, here in cells.items() if "BC" in here):  # the bundled data
         texts = [report.title(row)]
-        texts += [report.cell_text(cells[row, n]) for n in ("LaMo", "lamo-random", "DT", "BC")]
-        texts += [f"{cells[row, 'BC'][0].data_score:.1f}"]
-        texts += [paper[row[:2]][name] for name in ("LaMo", "DT")]
+        texts += [report.cell_text(cells[row][n]) for n in ("LaMo", "lamo-random", "DT", "BC")]
+        texts += [f"{cells[row]['BC'][0].data_score:.1f}"]
+        texts += [paper[row[:3]][name] for name in ("LaMo", "DT")]
         assert f"| {' | '.join(texts)} |" in readme
 
 
@@ -208,6 +241,6 @@ def test_the_papers_figures_are_those_of_the_paper(shared):
     assert len(rows) > 200
     for row in rows:
         task = f"{row['task']}-{row['dataset']}" if row["task"] == "kitchen" else row["task"]
-        ours = report.read_paper()[task, float(row["ratio"])]
+        ours = report.read_paper()[task, float(row["ratio"]), "normal"]
         method = row["method"].replace("lamo-no-pretraining", "lamo-random")
         assert ours[report.NAMES.get(method, method)] == f"{row['mean']} ± {row['std']}"
