@@ -123,10 +123,11 @@ def draw_seeds(path, heading, panels, colours):
     size = dict(columns=columns, width=COLUMN * min(2, columns), sharey=True)
     with drawing(path, height, len(panels), **size) as (figure, axes):
         figure.supxlabel(f"{heading}; bar: mean; diamond: the paper's mean ± std", fontsize=7)
-        axes[0].set_yticks(range(len(names)), names, fontsize=7)
+        axes[0].set_yticks(range(len(names)), [textwrap.fill(name, 20) for name in names])
         axes[0].set_ylim(len(names) - 0.4, -0.6)
         for axis, (title, (cells, paper)) in zip(axes, panels.items(), strict=True):
             axis.set_title(textwrap.fill(title, 30), fontsize=7)
+            axis.tick_params(labelsize=7)
             lines = {}  # of each seed: its points
             for name, cell in cells.items():
                 y, scores = names.index(name), [run.score for run in cell]

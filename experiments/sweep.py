@@ -137,6 +137,7 @@ def runs_of(args):
     for run in runs:
         run = run | {"env": find_task(run["env"])[0]}  # as it is written in tasks.py
         choose("method", run["method"], [*METHODS, *ALGORITHMS])
+        choose("mode", run["mode"], ["normal", "delayed"])
         if by_name.setdefault(name_of(run), run) != run:
             raise UserError(f"two runs would be called {name_of(run)}; change --ratio or --lm")
     return list(by_name.values())
@@ -197,11 +198,10 @@ def last_lines(run, out, n=5):
 def progress_of(run, out):
     """(steps done, steps in all, seconds a step) by a run's own files; zeros if it has none yet."""
     folder = Path(out) / name_of(run)
-    try:
-        steps = json.loads((folder / "config.json").read_text())["settings"]["steps"]
-        lines = (folder / "log.jsonl").read_text().split("\n")[:-1]  # the whole ones
-    except FileNotFoundError:
+    if not (folder / "log.jsonl").is_file():
         return 0, 0, 0.0
+    steps = json.loads((folder / "config.json").read_text())["settings"]["steps"]
+    lines = (folder / "log.jsonl").read_text().split("\n")[:-1]  # the whole ones
     for row in map(json.loads, reversed(lines)):
         if "seconds" in row:  # an evaluation has none
             return row["step"], steps, row["seconds"] / row["step"]

@@ -102,6 +102,7 @@ def test_a_dry_run_measures_once_and_foretells_failure(tmp_path, capsys):
         (["--env", "hoper"], "hopper"),
         (["--env", "hopper", "--method", "lammo"], "lamo"),
         (["--env", "hopper", "--seed", "x"], "--seed"),
+        (["--env", "hopper", "--mode", "delay"], "delayed"),
         (["table3", "--env", "reacher2d"], "table3"),
         (["--env", "hopper", "--workers", "0"], "--workers"),
         (["--env", "hopper", "--lm", "a/x.safetensors,b/x"], "--lm"),
