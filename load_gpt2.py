@@ -138,10 +138,11 @@ def load_gpt2(name, dropout=0.1):
     return gpt
 
 
-def make_gpt(lm, pretrained, dropout, seed):
+def make_gpt(lm, pretrained, dropout, seed, shuffled=False):
     """The GPT that training starts from, and what it is: (GPT, {"lm", "sha256"}).
 
     pretrained: whether with its weights, or with random ones by the seed in the same shape.
+    shuffled: whether each matrix's numbers are then put in random order, by the seed.
     """
     torch.manual_seed(seed)  # random weights are part of what a seed fixes
     _, known = LANGUAGE_MODELS.get(lm, (None, None))  # a shape; else it is in the files
@@ -149,6 +150,9 @@ def make_gpt(lm, pretrained, dropout, seed):
         gpt = load_gpt2(lm, dropout)
     if not pretrained:
         gpt = type(gpt)(gpt.config) if known is None else GPT(replace(known, dropout=dropout))
+    for p in gpt.parameters() if shuffled else ():
+        if p.dim() == 2:
+            p.data = p.data.flatten()[torch.randperm(p.numel())].view_as(p)
     what = lm if pretrained else f"random weights in the shape of {lm}"
     return gpt, {"lm": what, "sha256": fingerprint(gpt)}
 

@@ -65,6 +65,7 @@ class Config:
     corpus: str | None = None  # wikitext, english (the Python manual), or a text file
     # The model.
     pretrained: bool | None = None  # start from the language model's weights, or from random ones
+    shuffled: bool = False  # put each matrix's numbers in random order: statistics, no structure
     train: Literal["lora", "new", "all"] | None = None  # new: only what is outside the GPT
     embed: str | None = None  # of return, state and action: a row of model.EMBEDDINGS
     lm_coef: float | None = None  # weight of the language loss; 0 does no language work
@@ -166,6 +167,7 @@ def choose_settings(c, notes):
     c.env, c.device, short = env, str(device), not cuda or c.lm == "mini"
     notes["task"] = f"{env}, method {c.method}"
     notes["lm"] = f"{c.lm} ({why}){'' if c.pretrained else ', random weights'}"
+    notes["lm"] += ", shuffled" if c.shuffled else ""
     notes["preset"] = "short (no CUDA, or the mini LM), two targets at most" if short else "paper"
     if short and c.targets is None and task.targets:
         c.targets = list(task.targets[:2])
@@ -212,7 +214,7 @@ def complete_settings(c, data, environment):
 
 def build_model(c, environment):
     """The LaMo that training starts from, on the CPU, and its base: {"lm", "sha256"}."""
-    gpt, base = make_gpt(c.lm, c.pretrained, c.dropout, c.seed)
+    gpt, base = make_gpt(c.lm, c.pretrained, c.dropout, c.seed, c.shuffled)
     if c.embed == "tokens" and gpt.config.vocab_size not in ZERO:
         raise UserError(f"--embed tokens needs digits, and {c.lm} has none; use --embed mlp")
     fill(c, {"lora_targets": gpt.lora_targets})

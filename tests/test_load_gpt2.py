@@ -121,6 +121,17 @@ def test_saved_weights_are_read_by_us_and_by_transformers(tmp_path, dtype):
     assert (theirs(tokens).logits - again(tokens)).abs().max() < 1e-5
 
 
+def test_shuffled_weights_are_the_same_numbers_elsewhere():
+    plain, shuffled, again = (
+        make_gpt("mini", True, 0.1, seed, on)[0] for seed, on in ((1, False), (1, True), (2, True))
+    )
+    for name, x in plain.state_dict().items():
+        y, z = shuffled.state_dict()[name], again.state_dict()[name]
+        assert torch.equal(x, y) == (x.dim() == 1)
+        assert torch.equal(y, z) == (x.dim() == 1)
+        assert torch.equal(x.flatten().sort().values, y.flatten().sort().values)
+
+
 def test_random_weights_are_the_seeds_and_nothing_else():
     once, base = make_gpt("dt", False, 0.1, 3)
     twice, _ = make_gpt("dt", False, 0.1, 3)
