@@ -276,10 +276,8 @@ def selection(lamo, n, device, dtype):
         with autocast():
             return lamo.act(context).float()
 
-    replay, tokens = (
-        as_graph(predict) if device.type == "cuda" else predict,
-        deque(maxlen=2 * CONTEXT),
-    )
+    replay = as_graph(predict) if device.type == "cuda" else predict
+    tokens = deque(maxlen=2 * CONTEXT)  # of the last steps: R_t and s_t (n, 2, C), a_t (n, 1, C)
     rtg, obs = torch.randn(n, 1, 1, device=device), torch.randn(n, 1, OBS, device=device)
     act = torch.rand(n, 1, ACT, device=device)
     timestep = torch.full((n, 1), 7, device=device)

@@ -34,7 +34,7 @@ class Arguments:
 @torch.no_grad()
 def action_error(model, data, c, stats):
     """The mean action loss over BATCHES x WINDOWS windows of Trajectories, whose observations are
-    normalised as the run's were: by stats, (mean, std)."""
+    normalised as the run's were: by stats, its mean and std, each (O,)."""
     data.obs = (data.obs * data.obs_std + data.obs_mean - stats[0]) / stats[1]
     objective, generator = Objective(model.eval()), torch.Generator(data.obs.device).manual_seed(0)
     losses = []
