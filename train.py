@@ -41,9 +41,9 @@ from tasks import TASKS, find_environment, find_task, pack, replay, task_of_data
 from utils import UserError, choose, choose_device, reading, write_json
 
 FORMAT = "lamo-checkpoint-4"  # a checkpoint's; another layout, or another function, is another one
-ABOVE_0 = "steps batch lm_batch lm_length context lora_rank max_ep_len scale lr clip eval_every "
+ABOVE_0 = "steps batch lm_batch lm_length context lora_rank max_ep_len scale embed_std lr clip "
 RANGES = {  # which test a number must pass, in words and as a function: settings
-    ("above 0", lambda x: x > 0): ABOVE_0 + "episodes log_every",
+    ("above 0", lambda x: x > 0): ABOVE_0 + "eval_every episodes log_every",
     ("0 or more", lambda x: x >= 0): "lm_coef similarity warmup episode_limit seed",
     ("at least 0 and below 1", lambda x: 0 <= x < 1): "dropout lora_dropout",
     ("above 0 and at most 1", lambda x: 0 < x <= 1): "ratio",
@@ -68,6 +68,7 @@ class Config:
     shuffled: bool = False  # put each matrix's numbers in random order: statistics, no structure
     train: Literal["lora", "new", "all"] | None = None  # new: only what is outside the GPT
     embed: str | None = None  # of return, state and action: a row of model.EMBEDDINGS
+    embed_std: float = 1.0  # of those tokens before training; SmolLM2's words have 0.14
     lm_coef: float | None = None  # weight of the language loss; 0 does no language work
     similarity: float | None = None  # weight of Wiki-RL's pull of tokens towards words
     lora_targets: tuple[str, ...] | None = None  # layers that LoRA updates; None: Q, K and V
@@ -220,6 +221,7 @@ def build_model(c, environment):
     fill(c, {"lora_targets": gpt.lora_targets})
     torch.manual_seed(c.seed)  # so that the new parts do not depend on the base
     model = LaMo(gpt, *environment.sizes(), c.embed, c.max_ep_len)
+    nn.init.constant_(model.embed_ln.weight, c.embed_std)
     if c.train == "lora":
         inject_lora(gpt, c.lora_targets, c.lora_rank, c.lora_alpha, c.lora_dropout)
     mark_trainable(model, c.train, language=c.lm_coef > 0, bias=c.lora_bias)

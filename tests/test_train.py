@@ -210,6 +210,14 @@ def test_ataris_numbers_are_the_authors():
     assert (c.clip, c.eps, c.sample) == (1.0, 1e-8, False)
 
 
+def test_embed_std_is_that_of_the_trajectory_tokens(hopper):
+    model, _ = build_model(chosen(embed_std=0.14), hopper)
+    torch.nn.init.zeros_(model.embed_time.weight)
+    window = torch.randn(4, 20, 1), torch.randn(4, 20, *hopper.sizes()[0])
+    tokens = model.observe(*window, torch.zeros(4, 20, dtype=torch.long))  # (4, 20, 2, C)
+    assert tokens.std(-1).mean().item() == pytest.approx(0.14, rel=0.01)
+
+
 @pytest.mark.parametrize("env", ["hopper", "reacher2d"])
 @pytest.mark.parametrize("method", METHODS)
 def test_a_method_trains_what_it_says_and_nothing_else(method, env, hopper):
