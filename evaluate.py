@@ -42,8 +42,8 @@ def rollout(model, environment, c, stats, targets, episodes, seed=SEED, progress
     what training ran with (context, mode, scale, dtype, sample, episode_limit); stats: obs_mean and
     obs_std of the dataset, each (O,), or (0,) for frames; targets: undivided returns, None for a
     model that is told none; episode i starts from environment seed `seed + i` under every target.
-    Numbers are acted on as predicted; of choices the likeliest is taken or, with c.sample, one is
-    drawn. watch: called after the reset and after every step with the environments (whose
+    Numbers are clipped to the action's bounds; of choices the likeliest is taken or, with c.sample,
+    one is drawn. watch: called after the reset and after every step with the environments (whose
     render_mode is watch.render_mode), which episodes (n,) acted and which go on, their returns so
     far (n,) and the tokens of the last K steps.
     Returns a list with a dictionary for each target, see `summarise`.

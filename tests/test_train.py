@@ -210,6 +210,13 @@ def test_ataris_numbers_are_the_authors():
     assert (c.clip, c.eps, c.sample) == (1.0, 1e-8, False)
 
 
+def test_the_short_presets_numbers():
+    c = chosen(env="hopper")
+    assert (c.batch, c.dropout, c.lora_dropout, c.cooldown) == (32, 0, 0, 0.5)
+    assert (c.steps, c.eval_every, c.episodes, c.lr) == (2000, 350, 10, 5e-4)
+    assert c.targets == [3600, 1800]
+
+
 def test_embed_std_is_that_of_the_trajectory_tokens(hopper):
     model, _ = build_model(chosen(embed_std=0.14), hopper)
     torch.nn.init.zeros_(model.embed_time.weight)
