@@ -128,6 +128,12 @@ def choose_device(name=None):
         raise UserError(f"--device {name} cannot be used: {reason(error)}; use cpu") from error
 
 
+@cache
+def side_stream():
+    """A stream for calls before a capture: only one, since cuBLAS keeps memory for each stream."""
+    return torch.cuda.Stream()
+
+
 def as_graph(work, rngs=()):
     """work as a CUDA graph, so that the GPU need not wait for Python to launch kernel by kernel.
 
@@ -136,7 +142,7 @@ def as_graph(work, rngs=()):
     work the first three times, then captures it, and replays it from there on. What it returns is
     overwritten by the next call.
     """
-    graph, stream, places, result, calls = torch.cuda.CUDAGraph(), torch.cuda.Stream(), [], None, 0
+    graph, stream, places, result, calls = torch.cuda.CUDAGraph(), side_stream(), [], None, 0
     for rng in rngs:
         graph.register_generator_state(rng)
 

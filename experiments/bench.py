@@ -347,6 +347,7 @@ def bench_growth(rows, name, device, dtype):
         before = None
         for value in values:
             torch.compiler.reset()  # or it would compile for any value at once
+            work = None  # the graph before it must not end after this one is captured
             row = {"grows": grows, "timed": timed, "value": value, "exponent": None}
             work = make(value)
             for _ in range(4 if device.type == "cuda" else 0):  # until it is compiled and captured

@@ -3,6 +3,7 @@
 import json
 import math
 from dataclasses import asdict, fields
+from functools import partial
 from types import SimpleNamespace
 from typing import Literal, get_args, get_origin, get_type_hints
 
@@ -10,6 +11,7 @@ import gymnasium as gym
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 import tyro
 from hypothesis import given
 from hypothesis import strategies as st
@@ -17,9 +19,13 @@ from runs import SHORT, assert_same, call, finish, log_of, outcome, start
 
 import evaluate
 import train
+import utils
 from tasks import TASKS, Environment, pack
 from train import METHODS, PRESETS, Config, build_model, load_policy, read_checkpoint
 
+CUDA = pytest.mark.skipif(
+    not torch.cuda.is_available(), reason="no CUDA, or LAMO_TEST_CUDA is not set"
+)
 FIRST = "--env hopper --ratio 0.01 --steps 60 --warmup 10 --batch 16 --lm-length 64 --lr 1e-3"
 FIRST += " --log-every 20 --eval-every 40 --episodes 2 --episode-limit 99"
 
@@ -313,7 +319,28 @@ def test_wandb_keeps_an_offline_run(tmp_path, monkeypatch):
     assert list(folder.glob("*.wandb"))
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA, or LAMO_TEST_CUDA is not set")
+@CUDA
+def test_a_replay_draws_what_a_plain_call_would():
+    """Of every generator, dropout among it, and leaves them where plain calls do."""
+    x, found = torch.ones(2, 2, 16, 64, device="cuda", dtype=torch.bfloat16), []
+    attend = partial(F.scaled_dot_product_attention, dropout_p=0.5, is_causal=True)
+    dropped = torch.compile(lambda: F.dropout(attend(x, x, x), 0.5).double().sum())
+    dropped()  # compiled before anything is seeded
+    for wrap in (lambda work, rngs: work, utils.as_graph):
+        torch.manual_seed(0)
+        rng = torch.Generator("cuda").manual_seed(1)
+
+        def work(rng=rng):
+            return torch.randint(10**6, (), generator=rng, device="cuda") + dropped()
+
+        step = wrap(work, [rng])
+        drawn = [step().item() for _ in range(8)]
+        found.append((drawn, rng.get_state().tolist(), torch.cuda.get_rng_state().tolist()))
+    assert found[0] == found[1]
+    assert len(set(drawn)) == 8
+
+
+@CUDA
 def test_steps_as_cuda_graphs_are_the_plain_steps(tmp_path):
     """Over 20 steps, evaluations between them."""
     losses = []
