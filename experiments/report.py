@@ -58,8 +58,10 @@ def read_folder(folder):
         raise UserError(f"{folder}: left out, for it has no result.json: it is not finished")
     config, result = (json.loads((folder / f"{n}.json").read_text()) for n in ("config", "result"))
     log = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
-    keys = ("settings", "notes", "base", "data", "commit", "machine", "versions")
+    keys = ("settings", "base", "data", "commit", "machine", "versions")
     record = {key: config.get(key) for key in keys}
+    record["settings"].pop("out", None)  # this and most notes name folders of the machine
+    record["notes"] = {"environment": config["notes"]["environment"]}
     record |= {key: result.get(key) for key in ("seconds", "seconds_evaluating")}
     kept = ("target", "return_mean", "score", "cut")  # not every episode's return
     record["evaluations"] = [
