@@ -65,7 +65,7 @@ class Config:
     corpus: str | None = None  # wikitext, english (the Python manual), or a text file
     # The model.
     pretrained: bool | None = None  # start from the language model's weights, or from random ones
-    shuffled: bool = False  # put each matrix's numbers in random order: statistics, no structure
+    shuffled: bool | None = None  # with each matrix's numbers in random order
     train: Literal["lora", "new", "all"] | None = None  # new: only what is outside the GPT
     embed: str | None = None  # of return, state and action: a row of model.EMBEDDINGS
     embed_std: float = 1.0  # of those tokens before training; SmolLM2's words have 0.14
@@ -117,6 +117,7 @@ METHODS = {  # what each one sets; a flag that is typed wins over its row
     "lamo-freeze": dict(pretrained=True, train="new", lm_coef=0.1),
     "lamo-full": dict(pretrained=True, train="all", lm_coef=0.1),
     "lamo-random": dict(pretrained=False, train="lora", lm_coef=0.1),
+    "lamo-shuffled": dict(pretrained=True, shuffled=True, train="lora", lm_coef=0.1),  # ours
     "wiki-rl": dict(pretrained=True, train="all", embed="linear", lm_coef=0.0, similarity=0.1),
     "dt": dict(lm="dt", pretrained=False, train="all", embed="linear", lm_coef=0.0, eps=1e-8),
 }
@@ -174,7 +175,7 @@ def choose_settings(c, notes):
         c.targets = list(task.targets[:2])
     fill(c, {name: values[short] for name, values in PRESETS.items()})
     fill(c, {"dtype": choose_dtype(device), "compile": cuda and bool(shutil.which("cc"))})
-    fill(c, vars(task) | {"similarity": 0.0})
+    fill(c, vars(task) | {"similarity": 0.0, "shuffled": False})
     choose("embed", c.embed, EMBEDDINGS)
     for (words, fits), names in RANGES.items():
         for name in names.split():

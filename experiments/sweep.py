@@ -46,6 +46,7 @@ PAPER_METHODS = ("lamo", "dt", "wiki-rl", "cql", "iql", "td3bc", "bc")  # tables
 ATARI_METHODS = ("lamo", "dt", "wiki-rl", "cql", "bcq", "nfq", "bc")  # table 2
 ABLATIONS = ("lamo", "lamo-nolm", "lamo-linear", "lamo-freeze", "lamo-full", "lamo-random", "dt")
 SCARCE = ("lamo", "lamo-random", "dt", "bc")
+REAL = ("lamo", "lamo-random", "lamo-shuffled", "lamo-nolm")
 OTHER_LMS = ("assets/mini-lm-early.safetensors", "assets/mini-lm-random-corpus.safetensors")
 
 
@@ -90,8 +91,8 @@ STUDIES = {  # the paper's tables by their numbers in it, and what the README re
     "ratios": grid(["hopper"], ("lamo", "lamo-random", "dt"), (0.005, 0.01, 0.05, 0.1)),
     "ablations": [*grid(["hopper"], ABLATIONS, (0.01,)), *grid(["reacher2d"], ABLATIONS)],
     "bundled": [  # on what comes with the project; "ratios" needs a full recording first
-        *grid(["hopper"], (*METHODS, *ALGORITHMS[:4]), (0.01,)),
-        *grid(["reacher2d"], (*METHODS, *ALGORITHMS[:4])),
+        *grid(["hopper"], (*ABLATIONS, "wiki-rl", *ALGORITHMS[:4]), (0.01,)),
+        *grid(["reacher2d"], (*ABLATIONS, "wiki-rl", *ALGORITHMS[:4])),
         *grid(["hopper"], ("lamo",), (0.01,), lm=OTHER_LMS),
         *grid(["reacher2d"], ("lamo",), lm=OTHER_LMS),
         *grid(["walker2d", "halfcheetah"], SCARCE, (0.01,)),
@@ -99,6 +100,10 @@ STUDIES = {  # the paper's tables by their numbers in it, and what the README re
     "scarce": [  # few episodes or delayed reward, where the paper's lead is largest
         *grid(["reacher2d"], SCARCE, (0.1, 0.3), seed=range(10)),
         *grid(["hopper"], SCARCE, (0.01,), seed=range(5), mode=("delayed",)),
+    ],
+    "real": [  # a real language model: what of its pre-training matters
+        *grid(["reacher2d"], REAL, (0.1, 0.3), lm=("smollm2",)),
+        *grid(["hopper", "walker2d"], REAL, (0.01,), lm=("smollm2",)),
     ],
 }
 

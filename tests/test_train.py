@@ -191,6 +191,7 @@ TABLE = {  # pre-trained, what is trained, embed (None: the task's), lm_coef, si
     "lamo-freeze": (True, "new", None, 0.1, 0),
     "lamo-full": (True, "all", None, 0.1, 0),
     "lamo-random": (False, "lora", None, 0.1, 0),
+    "lamo-shuffled": (True, "lora", None, 0.1, 0),
     "dt": (False, "all", "linear", 0, 0),
     "wiki-rl": (True, "all", "linear", 0, 0.1),
 }
