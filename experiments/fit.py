@@ -21,31 +21,32 @@ from tasks import TASKS
 from train import load_policy, read_checkpoint
 from utils import UserError, choose_device, run_command, write_json
 
-BATCHES, WINDOWS = 16, 256  # of each part
+BATCH = 256  # windows at a time
 
 
 @dataclass
 class Arguments:
     runs: tyro.conf.Positional[list[str]]  # run folders, or checkpoints
+    batches: int = 16  # of 256 windows, of each part
     device: str | None = None  # cuda or cpu (default: cuda if there is one)
     json: str | None = None  # write the rows to this file, too
 
 
 @torch.no_grad()
-def action_error(model, data, c, stats):
-    """The mean action loss over BATCHES x WINDOWS windows of Trajectories, whose observations are
+def action_error(model, data, c, stats, batches):
+    """The mean action loss over so many batches of windows of Trajectories, whose observations are
     normalised as the run's were: by stats, its mean and std, each (O,)."""
     data.obs = (data.obs * data.obs_std + data.obs_mean - stats[0]) / stats[1]
     objective, generator = Objective(model.eval()), torch.Generator(data.obs.device).manual_seed(0)
     losses = []
-    for _ in range(BATCHES):
-        window = sample_windows(data, WINDOWS, c.context, generator)
+    for _ in range(batches):
+        window = sample_windows(data, BATCH, c.context, generator)
         with torch.autocast(data.obs.device.type, torch.bfloat16, c.dtype == "bf16"):
             losses.append(objective(window, window[-1].sum(), None)[0].item())
     return float(np.mean(losses))
 
 
-def measure(path, device):
+def measure(path, device, batches):
     """A run's row: its settings that matter, "training" and "held_out" errors. Raises UserError."""
     saved = read_checkpoint(path)
     model, environment = load_policy(path, saved)
@@ -62,13 +63,14 @@ def measure(path, device):
         some = minari.MinariDataset(dataset.spec.data_path, episode_indices=chosen)
         how = {"mode": c.mode, "rewards": task.rewards, "device": device}
         data = load_trajectories(some, environment.action_space, c.scale, **how)
-        row[part] = action_error(model.to(device), data, c, stats)
+        row[part] = action_error(model.to(device), data, c, stats, batches)
     return row
 
 
 def main():
     args = tyro.cli(Arguments, description=__doc__)
-    rows = [measure(Path(path), choose_device(args.device)) for path in args.runs]
+    device = choose_device(args.device)
+    rows = [measure(Path(path), device, args.batches) for path in args.runs]
     width = max(len(row["run"]) for row in rows)
     print(f"{'run':{width}} {'training':>10} {'held out':>10}")
     for row in rows:

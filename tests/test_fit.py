@@ -14,7 +14,7 @@ from experiments import fit
 SET = ROOT / "assets/minari/lamo/reacher2d/medium-v0"
 
 
-def test_errors_are_of_the_episodes_drawn_and_of_the_rest(tmp_path, monkeypatch):
+def test_errors_are_of_the_episodes_drawn_and_of_the_rest(tmp_path):
     """A policy whose actions are 0 has an action's mean square as its error."""
     words = ["--env", "reacher2d", "--ratio", 0.1, "--lm-coef", 0, "--seed", 3, "--name", "run"]
     call(train.main, *SHORT[4:], *words, "--out", tmp_path)
@@ -23,8 +23,7 @@ def test_errors_are_of_the_episodes_drawn_and_of_the_rest(tmp_path, monkeypatch)
     for name in ("head.2.weight", "head.2.bias"):
         saved["model"][name].zero_()
     train.save_checkpoint(path, saved)
-    monkeypatch.setattr(fit, "BATCHES", 60)
-    call(fit.main, tmp_path / "run", "--json", tmp_path / "fit.json")
+    call(fit.main, tmp_path / "run", "--batches", 60, "--json", tmp_path / "fit.json")
     (row,) = json.loads((tmp_path / "fit.json").read_text())
     episodes = [e.actions for e in minari.MinariDataset(SET / "data").iterate_episodes()]
     drawn = set(np.random.default_rng(3).choice(50, 5, replace=False).tolist())
