@@ -4,7 +4,8 @@ On c_attn each of Q, K and V gets a low-rank update of its own. For one of them,
 
     q = x W_q^T + b_q + (alpha / rank) dropout(x) A_q^T B_q^T       A_q (r, C), B_q (C, r)
 
-B starts at zero. W stays frozen; A, B and, but for Atari, the bias are trained, as by the authors.
+B starts at zero. W stays frozen. A, B and the bias are trained, for Atari A and B alone, as in the
+authors' code.
 """
 
 import math
