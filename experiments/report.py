@@ -332,8 +332,7 @@ def draw_all(folder, cells, names, aggregates, paper):
         plan[f"curves-{place}-{ratio:g}"] = figures.draw_curves, heading, here
         if talking := {n: cell for n, cell in here.items() if all(r.language for r in cell)}:
             plan[f"language-{place}-{ratio:g}"] = figures.draw_language, heading, talking
-        if max(map(len, here.values())) >= PAIRS:
-            seeds[heading] = here, paper.get(row[:3], {})
+        seeds[heading] = here, paper.get(row[:3], {})
         for name, cell in here.items():
             shares.setdefault(place, {}).setdefault(name, {})[ratio] = cell
     for place, lines in shares.items():
@@ -341,8 +340,7 @@ def draw_all(folder, cells, names, aggregates, paper):
             plan[f"ratios-{place}"] = figures.draw_ratios, place, several
     if aggregates:
         plan["iqm"] = figures.draw_iqm, "IQM of normalised scores", aggregates
-    if seeds:
-        plan["seeds"] = figures.draw_seeds, "normalised score", seeds
+    plan["seeds"] = figures.draw_seeds, "normalised score", seeds
     colours, drawn = dict(zip(names, cycle(figures.COLOURS), strict=False)), []
     for file, (draw, heading, content) in plan.items():
         drawn.append(re.sub("[/, ]+", "-", file) + ".png")

@@ -63,7 +63,7 @@ def test_a_table_is_what_one_computes_by_hand(tmp_path):
     for name in ("curves", "language"):
         assert Image.open(out / f"{name}-hopper-lamo-hopper-medium-v0-0.01.png").width == 544
     assert "seed by seed" not in text
-    assert not (out / "seeds.png").exists()
+    assert Image.open(out / "seeds.png").width == 544
 
 
 def test_one_seed_and_missing_seeds_are_said(tmp_path):
@@ -202,7 +202,7 @@ def test_pairs_are_of_one_seed_and_its_episodes(tmp_path):
     assert limits == pytest.approx(np.quantile(means, [0.025, 0.975]), abs=0.2)
     for text, side in zip((ours, theirs), zip(*pairs, strict=True), strict=True):
         assert text.startswith(f"{slow_iqm(side):.1f} (")
-    assert Image.open(tmp_path / "seeds.png").width == 544  # one panel: delayed has too few seeds
+    assert Image.open(tmp_path / "seeds.png").width == 1088  # two panels
 
 
 def test_a_packed_study_gives_the_report_of_its_folders(tmp_path):
