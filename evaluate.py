@@ -13,7 +13,6 @@ import math
 from collections import deque
 from contextlib import nullcontext
 from dataclasses import dataclass
-from types import SimpleNamespace
 
 import numpy as np
 import torch
@@ -207,7 +206,7 @@ def talk(gpt, prompt, n, tokens, encoding, dtype):
 
 
 def main():
-    from train import build_model, load_policy, read_checkpoint  # above, train.py imports this file
+    from train import Config, build_model, load_policy, read_checkpoint  # which import this file
 
     args = tyro.cli(Arguments, description=__doc__)
     checkpoint = read_checkpoint(args.checkpoint)
@@ -219,7 +218,7 @@ def main():
             config[name] = getattr(args, name)
     if args.targets == [] or args.episodes == 0 or args.seed < 0:
         raise UserError("--targets and --episodes must not be empty or 0, and --seed 0 or more")
-    device, c = choose_device(args.device), SimpleNamespace(**config)
+    device, c = choose_device(args.device), Config(**config)
     model, environment = load_policy(args.checkpoint, checkpoint)
     model.to(device)
     if args.prompt is not None:

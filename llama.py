@@ -1,9 +1,7 @@
 """The LLaMA family as LaMo's body: SmolLM2, TinyLlama, Llama 3.2, Qwen2.5; and their files.
 
-Llama (Touvron et al. 2023, arXiv 2302.13971) has RMSNorm, a gated MLP, fewer heads for K and V than
-for Q, and rotary positions (Su et al. 2021, arXiv 2104.09864): Q and K turn by angles that grow
-with the position. So a window's trajectory tokens have positions 0 to 3K - 1, where GPT-2's have
-none but the time step. Padding stands on the right, behind what is read, and needs no mask.
+Llama (arXiv 2302.13971) has RMSNorm, a gated MLP, fewer heads for K and V than for Q, and rotary
+positions (arXiv 2104.09864): a window's trajectory tokens have 0 to 3K - 1, GPT-2's have none.
 """
 
 import hashlib
@@ -48,6 +46,7 @@ NAMES = """
 WORDS, NAMES = (dict(word.split(":") for word in table.split()) for table in (WORDS, NAMES))
 SIGN = r"[^\s\p{L}\p{N}\x04\x06\x13\x14\x16\x1d\U00040000-\U000bffff]"  # SmolLM2 lacks the last
 CUTS = rf"'(?:[sdmt]|ll|ve|re)| ?\p{{L}}+|\p{{N}}| ?{SIGN}+|\s+(?![^\s\p{{N}}])|\s+"  # digits apart
+FORMS = "Split pattern Isolated ByteLevel", "Digits individual_digits ByteLevel use_regex", "smollm"
 SHOWN = [*range(33, 127), *range(161, 173), *range(174, 256)]  # bytes that stand for themselves
 HIDDEN = [byte for byte in range(256) if byte not in SHOWN]
 BYTES = {chr(b): b for b in SHOWN} | {chr(256 + i): b for i, b in enumerate(HIDDEN)}  # as GPT-2
@@ -60,7 +59,7 @@ class LlamaConfig(GPTConfig):
     angles: tuple[float, ...] = ()  # D/2: radians from one position to the next
     qkv_bias: bool = False  # Qwen2's
     tied: bool = True  # the head is wte
-    encoding: tiktoken.Encoding | None = None  # where there is none, there is no language loss
+    encoding: tiktoken.Encoding | None = None  # None: a tokeniser that is not known here
 
 
 class LlamaBlock(nn.Module):
@@ -107,8 +106,8 @@ class Llama(nn.Module):
         self.h = nn.ModuleList(LlamaBlock(config) for _ in range(config.n_layer))
         self.ln_f = nn.RMSNorm(config.n_embd, config.norm_eps)
         self.lm_head = None if config.tied else nn.Linear(config.n_embd, config.vocab_size, False)
-        for matrix in (p for p in self.parameters() if p.dim() == 2):
-            nn.init.normal_(matrix, std=0.02)
+        for p in (p for n, p in self.named_parameters() if p.dim() == 2 or n.endswith("bias")):
+            nn.init.normal_(p, std=0.02 if p.dim() == 2 else 0.0)
 
     def forward(self, tokens, targets=None):
         """As model.GPT's: tokens (B, T) -> logits (B, T, V), or their loss against targets."""
@@ -142,16 +141,17 @@ def read_gguf(path):
         tensors[name] = pairs.transpose(1, 2).flatten(0, 2)
     merges = words.get("tokenizer.ggml.merges")
     bpe = {"vocab": {word: i for i, word in enumerate(vocab)}, "merges": merges}
-    digits = [{"type": "Digits"}] if words.get("tokenizer.ggml.pre") == "smollm" else []
-    return said, tensors, {"model": bpe, "pre_tokenizer": {"pretokenizers": digits}}
+    return said, tensors, {"model": bpe, "form": words.get("tokenizer.ggml.pre")}
 
 
 def make_encoding(said, V):
-    """A tokenizer.json for a model of V words as tiktoken.Encoding; None: no byte-level BPE."""
-    steps = {s["type"]: s for s in (said.get("pre_tokenizer") or {}).get("pretokenizers", [])}
-    pieces = CUTS if "Digits" in steps else steps.get("Split", {}).get("pattern", {}).get("Regex")
-    if not pieces:
+    """A tokenizer.json for a model of V words as tiktoken.Encoding; None: none of FORMS."""
+    steps = (said.get("pre_tokenizer") or {}).get("pretokenizers", [])
+    true = [(key, x) for step in steps for key, x in step.items() if x and key != "trim_offsets"]
+    form = said.get("form") or " ".join(x if isinstance(x, str) else key for key, x in true)
+    if form not in FORMS:
         return None
+    pieces = steps[0]["pattern"]["Regex"] if form == FORMS[0] else CUTS
     vocab = said["model"]["vocab"]
     words = ["".join(merge).replace(" ", "") for merge in said["model"]["merges"]]
     if words != sorted(words, key=vocab.get):

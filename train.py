@@ -218,7 +218,7 @@ def build_model(c, environment):
     """The LaMo that training starts from, on the CPU, and its base: {"lm", "sha256"}."""
     gpt, base = make_gpt(c.lm, c.pretrained, c.dropout, c.seed, c.shuffled)
     if c.embed == "tokens" and gpt.config.vocab_size not in ZERO:
-        raise UserError(f"--embed tokens needs digits, and {c.lm} has none; use --embed mlp")
+        raise UserError(f"--embed tokens needs digits, and {c.lm}'s are not known; use --embed mlp")
     fill(c, {"lora_targets": gpt.lora_targets})
     torch.manual_seed(c.seed)  # so that the new parts do not depend on the base
     model = LaMo(gpt, *environment.sizes(), c.embed, c.max_ep_len)
@@ -284,7 +284,9 @@ def load_policy(path, checkpoint):
     UserError if they do not fit, or if the language model underneath is another one."""
     with reading(path, "a checkpoint of this code"):
         c = Config(**checkpoint["settings"])
-        c.pretrained &= c.train != "all"  # with "all" the checkpoint holds every weight
+        c.pretrained &= (
+            c.train != "all"
+        )  # with "all" the checkpoint holds every weight, a LLaMA's file its shape
         environment = unpack(checkpoint["environment"])
         model, base = build_model(c, environment)
         if c.train != "all" and base["sha256"] != checkpoint["base"]["sha256"]:

@@ -113,7 +113,7 @@ def draw_iqm(path, heading, panels, colours):
 
 
 def draw_seeds(path, heading, panels, colours):
-    """Every seed's score by method, and a line through the scores of each seed.
+    """Every seed's score by method, and a line through those of the same episodes.
 
     panels: {title: ({name: cell}, {name: the paper's "mean ± std"})}.
     """
@@ -128,11 +128,11 @@ def draw_seeds(path, heading, panels, colours):
         for axis, (title, (cells, paper)) in zip(axes, panels.items(), strict=True):
             axis.set_title(textwrap.fill(title, 30), fontsize=7)
             axis.tick_params(labelsize=7)
-            lines = {}  # of each seed: its points
+            lines = {}  # of each draw of episodes: its points
             for name, cell in cells.items():
                 y, scores = names.index(name), [run.score for run in cell]
                 for run in cell:
-                    lines.setdefault(run.seed, []).append((run.score, y))
+                    lines.setdefault(run.draw, []).append((run.score, y))
                 axis.plot(scores, [y] * len(cell), "o", color=colours[name], alpha=0.7)
                 axis.plot(np.mean(scores), y, "|k", markersize=13, markeredgewidth=1.5)
                 if name in paper:

@@ -8,7 +8,6 @@ share of the dataset that --ratio and --seed drew, and on windows of the rest.
 
 from dataclasses import dataclass
 from pathlib import Path
-from types import SimpleNamespace
 
 import minari
 import numpy as np
@@ -17,8 +16,8 @@ import tyro
 
 from data import find_dataset, load_trajectories, sample_windows
 from model import Objective
-from tasks import TASKS
-from train import load_policy, read_checkpoint
+from tasks import TASKS, Task
+from train import Config, load_policy, read_checkpoint
 from utils import UserError, choose_device, run_command, write_json
 
 BATCH = 256  # windows at a time
@@ -36,7 +35,8 @@ class Arguments:
 def action_error(model, data, c, stats, batches):
     """The mean action loss over so many batches of windows of Trajectories, whose observations are
     normalised as the run's were: by stats, its mean and std, each (O,)."""
-    data.obs = (data.obs * data.obs_std + data.obs_mean - stats[0]) / stats[1]
+    if data.obs.dim() == 2:  # frames are not normalised
+        data.obs = (data.obs * data.obs_std + data.obs_mean - stats[0]) / stats[1]
     objective, generator = Objective(model.eval()), torch.Generator(data.obs.device).manual_seed(0)
     losses = []
     for _ in range(batches):
@@ -50,12 +50,13 @@ def measure(path, device, batches):
     """A run's row: its settings that matter, "training" and "held_out" errors. Raises UserError."""
     saved = read_checkpoint(path)
     model, environment = load_policy(path, saved)
-    c, task = SimpleNamespace(**saved["settings"]), TASKS[saved["settings"]["env"]]
+    c = Config(**saved["settings"])
+    task = TASKS.get(c.env, Task())
     dataset, share, _ = find_dataset(c.env, task, c.ratio, saved["dataset"], c.quality)
     E, ratio = dataset.total_episodes, c.ratio / share
-    if ratio == 1:
-        raise UserError(f"{path} learnt from every episode of {saved['dataset']}; none is held out")
     drawn = np.random.default_rng(c.seed).choice(E, max(1, int(ratio * E + 1e-9)), replace=False)
+    if len(drawn) == E:
+        raise UserError(f"{path} learnt from every episode of {saved['dataset']}; none is held out")
     stats = [saved[name].to(device) for name in ("obs_mean", "obs_std")]
     row = {"run": str(path), "env": c.env, "method": c.method, "ratio": c.ratio, "seed": c.seed}
     for part, episodes in (("training", drawn), ("held_out", np.delete(np.arange(E), drawn))):

@@ -30,9 +30,10 @@ SEEDS = 3  # the protocol's; a cell with more or fewer says so
 PAIRS = 5  # seeds from which on methods are compared seed by seed
 RESAMPLES = 10_000  # bootstrap samples of an interval
 PAPER = Path(__file__).with_name("paper.txt")
-ABOUT_PAIRS = """Of the seeds that both have, which draw the same episodes for both. Of so few pairs
-a 95 % bootstrap is narrow: of normal differences it holds the true mean in 84 % of cases with 5
-pairs, in 90 % with 10. The last two columns are LaMo's and the method's interquartile means."""
+ABOUT_PAIRS = """Of the seeds that both have, which draw the same episodes for both (where all of a
+dataset is used, seeds differ in weights and batches alone). Of so few pairs a 95 % bootstrap is
+narrow: of normal differences it holds the true mean in 84 % of cases with 5 pairs, in 90 % with 10.
+The last two columns are LaMo's and the method's interquartile means."""
 # Methods as the paper writes them, in its columns' order; the others go by our names.
 NAMES = {"lamo": "LaMo", "dt": "DT", "wiki-rl": "Wiki-RL", "cql": "CQL", "iql": "IQL"}
 NAMES |= {"td3bc": "TD3+BC", "bcq": "BCQ", "nfq": "NFQ", "bc": "BC"}
@@ -97,7 +98,8 @@ class Run:
         tied.setdefault("eps", 1e-6)  # of runs from before it was a setting
         self.settings = {k: tuple(v) if isinstance(v, list) else v for k, v in tied.items()}
         self.settings["lm"] = self.lm
-        if settings.get("pretrained"):  # random weights differ with the seed, as they should
+        self.body = Path(settings["lm"]).stem if base and self.method != "dt" else None
+        if settings.get("pretrained") and not settings.get("shuffled"):  # others go by the seed
             self.settings["weights"] = base["sha256"][:8]
 
 
@@ -124,16 +126,22 @@ def read_runs(paths):
 def name_runs(runs):
     """Give each run its name: the method, and those settings in which it differs from most others.
 
-    Most: those of the same row and method whose values are the commonest in all runs. An older run
-    has no value for a setting that is newer; that is no difference.
+    Most: those of the same row and method whose values are the commonest in all runs; of language
+    models, the row's commonest. An older run has no value for a setting that is newer; that is no
+    difference.
     """
     common = Counter(item for run in runs for item in run.settings.items())
+    bodies = {}  # of each row: how many runs have which language model
+    for run in runs:
+        bodies.setdefault(run.row, Counter())[run.body] += run.body is not None
     for place in {(run.row, run.method) for run in runs}:
         same = [run for run in runs if (run.row, run.method) == place]
         usual = max((run.settings for run in same), key=lambda s: sum(common[x] for x in s.items()))
         lms = {(run.settings.get("lm"), run.settings.get("weights")) for run in same}
         for run in same:
             other = {k: v for k, v in sorted(run.settings.items()) if usual.get(k, v) != v}
+            if run.body not in (None, bodies[run.row].most_common(1)[0][0]):
+                other["lm"] = run.lm
             if "lm" in other and sum(lm == other["lm"] for lm, _ in lms) == 1:
                 other.pop("weights", None)  # the file's name says as much
             parts = [v if k == "lm" else f"{k} {v}" for k, v in other.items()]

@@ -131,6 +131,9 @@ def runs_of(args):
             asked[name] = [parse(name, part, kind) for part in typed.split(",")]
     if args.study:
         runs = STUDIES[choose("study", args.study, STUDIES)]
+        for name, values in asked.items():
+            if absent := [str(x) for x in values if x not in {run[name] for run in runs}]:
+                raise UserError(f"{args.study} has no {name} {', '.join(absent)}; give a grid")
         runs = [run for run in runs if all(run[name] in asked[name] for name in asked)]
     elif "env" in asked:
         runs = grid(**asked)

@@ -12,26 +12,37 @@ import train
 from experiments import fit
 
 SET = ROOT / "assets/minari/lamo/reacher2d/medium-v0"
+K = 4  # steps of context in SHORT
 
 
 def test_errors_are_of_the_episodes_drawn_and_of_the_rest(tmp_path):
-    """A policy whose actions are 0 has an action's mean square as its error."""
+    """They equal those of every window, made here from Minari's own episodes."""
     words = ["--env", "reacher2d", "--ratio", 0.1, "--lm-coef", 0, "--seed", 3, "--name", "run"]
-    call(train.main, *SHORT[4:], *words, "--out", tmp_path)
-    path = tmp_path / "run" / "ckpt.pt"
-    saved = torch.load(path, weights_only=True)
-    for name in ("head.2.weight", "head.2.bias"):
-        saved["model"][name].zero_()
-    train.save_checkpoint(path, saved)
-    call(fit.main, tmp_path / "run", "--batches", 60, "--json", tmp_path / "fit.json")
+    call(train.main, *SHORT[4:], *words, "--lr", 0.003, "--dtype", "fp32", "--out", tmp_path)
+    call(fit.main, tmp_path / "run", "--batches", 30, "--json", tmp_path / "fit.json")
     (row,) = json.loads((tmp_path / "fit.json").read_text())
-    episodes = [e.actions for e in minari.MinariDataset(SET / "data").iterate_episodes()]
+
+    saved = train.read_checkpoint(tmp_path / "run")
+    model, _ = train.load_policy(tmp_path / "run" / "ckpt.pt", saved)
+    episodes = [*minari.MinariDataset(SET / "data").iterate_episodes()]
     drawn = set(np.random.default_rng(3).choice(50, 5, replace=False).tolist())
+    seen = np.concatenate([episodes[i].observations[:-1] for i in drawn])
+    assert torch.allclose(saved["obs_mean"], torch.tensor(seen.mean(0)).float(), atol=1e-5)
+    errors = {}
     for part, wanted in (("training", True), ("held_out", False)):
-        chosen = [a for i, a in enumerate(episodes) if (i in drawn) == wanted]
-        # a step is in as many windows as may begin before it, up to the context of 4
-        weights = [np.minimum(np.arange(len(a)) + 1, 4.0) for a in chosen]
-        squares = np.concatenate([(a**2).mean(1) for a in chosen])
-        expected = np.average(squares, weights=np.concatenate(weights))
-        assert row[part] == pytest.approx(expected, rel=0.02)
-    assert row["training"] != pytest.approx(row["held_out"], rel=0.02)
+        squares = []
+        for episode in (e for i, e in enumerate(episodes) if (i in drawn) == wanted):
+            obs = torch.tensor(episode.observations[:-1]).float()
+            obs = (obs - saved["obs_mean"]) / saved["obs_std"]
+            rtg = torch.tensor(episode.rewards[::-1].cumsum()[::-1] / 10).float()[:, None]
+            act, t = torch.tensor(episode.actions).float(), torch.arange(len(rtg))
+            for n in range(1, K + 1):  # windows of n steps: K long, or cut by the end
+                starts = t[: len(t) - K + 1] if n == K else t[len(t) - n][None]
+                at = starts[:, None] + torch.arange(n)  # (B, n)
+                with torch.no_grad():
+                    said = model.eval()(rtg[at], obs[at], act[at], t[at])  # (B, n, A)
+                squares.append(((said - act[at]) ** 2).mean(-1).flatten())
+        errors[part] = torch.cat(squares).mean().item()
+    assert row["training"] == pytest.approx(errors["training"], rel=0.02)
+    assert row["held_out"] == pytest.approx(errors["held_out"], rel=0.02)
+    assert errors["training"] != pytest.approx(errors["held_out"], rel=0.04)

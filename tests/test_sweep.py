@@ -40,6 +40,11 @@ def test_a_study_is_made_of_runs_that_exist(study):
     assert {run["seed"] for run in STUDIES[study]} >= {0, 1, 2}
 
 
+def test_a_study_does_not_leave_out_in_silence_what_it_has_not(tmp_path):
+    with pytest.raises(UserError, match="seed 3, 4"):
+        call(sweep.main, "real", "--seed", "2,3,4", "--out", tmp_path, "--dry-run")
+
+
 def test_a_stopped_sweep_goes_on_and_a_finished_one_is_left_alone(tmp_path):
     words = [*HOPPER, "--out", tmp_path, "--workers", 2, "--flags", f"{LONG} 300"]
     process = start("-m", "experiments.sweep", *words, "--method", "dt")

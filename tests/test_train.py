@@ -241,6 +241,7 @@ def test_a_method_trains_what_it_says_and_nothing_else(method, env, hopper):
     assert (c.pretrained, c.train, c.embed, c.lm_coef) == (pretrained, how, embed, lm_coef)
     assert ((c.similarity or 0), c.eps) == (similarity, 1e-8 if method == "dt" else 1e-6)
     assert c.lm == ("dt" if method == "dt" else "mini")
+    assert c.shuffled == (method == "lamo-shuffled")
     model, base = build_model(c, hopper)
     assert ("random" in base["lm"]) == (not pretrained)
     for name, parameter in model.named_parameters():
