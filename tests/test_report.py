@@ -235,19 +235,42 @@ def test_a_packed_study_gives_the_report_of_its_folders(tmp_path):
     assert [line for line in a if "|" in line] == [line for line in b if "|" in line]
 
 
-def test_docs_and_readme_have_the_figures_of_the_packed_studies():
-    runs, remarks = read_runs([ROOT / "results/bundled.jsonl", ROOT / "results/ratios.jsonl"])
-    cells, paper = make_cells(runs, remarks), report.read_paper()
-    names = sorted({name for here in cells.values() for name in here}, key=report.place_of)
-    made = [line for line in report.tables(cells, names, {}, paper) if line.startswith("|")]
+def read_study(*names):
+    """The cells of packed studies in results/, which hold no run twice and lack no seed."""
+    runs, remarks = read_runs([ROOT / f"results/{name}.jsonl" for name in names])
+    cells = make_cells(runs, remarks)
     assert remarks == []
-    assert set(made) <= set((ROOT / "docs/results.md").read_text().splitlines())
-    readme = (ROOT / "README.md").read_text().replace("*", "")
-    for row in (row for row, here in cells.items() if "BC" in here):  # the bundled data
+    return cells
+
+
+def test_docs_have_the_tables_of_the_packed_studies():
+    cells, docs = read_study("bundled", "ratios"), (ROOT / "docs/results.md").read_text()
+    names = sorted({name for here in cells.values() for name in here}, key=report.place_of)
+    made = report.tables(cells, names, {}, report.read_paper())
+    made += report.table_of_pairs(read_study("scarce"))
+    assert {line for line in made if line.startswith("|")} <= set(docs.splitlines())
+
+
+@pytest.mark.parametrize("study", ["scarce"])
+def test_docs_have_every_seed_of_a_study(study):
+    docs, paper = (ROOT / "docs/results.md").read_text().splitlines(), report.read_paper()
+    for row, here in read_study(study).items():
+        for name, cell in here.items():
+            scores = [f"{run.score:.1f}" for run in cell]
+            texts = [report.title(row), name, ", ".join(scores)]
+            mean = f"{report.scores_of(cell).mean():.1f} ± {report.scores_of(cell).std():.1f}"
+            theirs = paper.get(row[:3], {}).get(name, "")
+            assert f"| {' | '.join([*texts, mean, theirs])} |" in docs
+
+
+def test_readme_has_the_figures_of_the_scarce_study():
+    readme, paper = (ROOT / "README.md").read_text().replace("*", ""), report.read_paper()
+    for row, here in read_study("scarce").items():
         texts = [report.title(row)]
-        texts += [report.cell_text(cells[row][n]) for n in ("LaMo", "lamo-random", "DT", "BC")]
-        texts += [f"{cells[row]['BC'][0].data_score:.1f}"]
-        texts += [paper[row[:3]][name] for name in ("LaMo", "DT")]
+        scores = [report.scores_of(here[name]) for name in ("LaMo", "lamo-random", "DT", "BC")]
+        texts += [f"{x.mean():.1f} ± {x.std():.1f}" for x in scores]
+        texts += [f"{np.mean([run.data_score for run in here['LaMo']]):.1f}"]
+        texts += [paper.get(row[:3], {}).get(name, "") for name in ("LaMo", "DT")]
         assert f"| {' | '.join(texts)} |" in readme
 
 
