@@ -263,6 +263,22 @@ def test_docs_have_every_seed_of_a_study(study):
             assert f"| {' | '.join([*texts, mean, theirs])} |" in docs
 
 
+@pytest.mark.parametrize("study", ["scarce"])
+def test_docs_have_the_action_errors_of_a_study(study):
+    rows, errors = json.loads((ROOT / f"results/{study}-fit.json").read_text()), {}
+    for row in rows:
+        place = (
+            f"{row['env']} {100 * row['ratio']:g} %",
+            report.NAMES.get(row["method"], row["method"]),
+        )
+        errors.setdefault(place, []).append((row["training"], row["held_out"]))
+    for place, pairs in errors.items():
+        drawn, rest = np.array(pairs).T
+        texts = [f"{drawn.mean():.4f} ± {drawn.std():.4f}", f"{rest.mean():.3f} ± {rest.std():.3f}"]
+        line = f"| {' | '.join([*place, *texts])} |"
+        assert line in (ROOT / "docs/results.md").read_text().splitlines()
+
+
 def test_readme_has_the_figures_of_the_scarce_study():
     readme, paper = (ROOT / "README.md").read_text().replace("*", ""), report.read_paper()
     for row, here in read_study("scarce").items():
