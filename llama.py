@@ -145,7 +145,7 @@ def read_gguf(path):
 
 
 def make_encoding(said, V):
-    """A tokenizer.json for a model of V words as tiktoken.Encoding; None: none of FORMS."""
+    """A tokenizer.json for a model of V words as tiktoken.Encoding; None for other FORMS."""
     steps = (said.get("pre_tokenizer") or {}).get("pretokenizers", [])
     true = [(key, x) for step in steps for key, x in step.items() if x and key != "trim_offsets"]
     form = said.get("form") or " ".join(x if isinstance(x, str) else key for key, x in true)

@@ -284,9 +284,7 @@ def load_policy(path, checkpoint):
     UserError if they do not fit, or if the language model underneath is another one."""
     with reading(path, "a checkpoint of this code"):
         c = Config(**checkpoint["settings"])
-        c.pretrained &= (
-            c.train != "all"
-        )  # with "all" the checkpoint holds every weight, a LLaMA's file its shape
+        c.pretrained &= c.train != "all"  # a checkpoint of "all" holds every weight
         environment = unpack(checkpoint["environment"])
         model, base = build_model(c, environment)
         if c.train != "all" and base["sha256"] != checkpoint["base"]["sha256"]:
