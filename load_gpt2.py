@@ -150,9 +150,8 @@ def make_gpt(lm, pretrained, dropout, seed, shuffled=False):
         gpt = load_gpt2(lm, dropout)
     if not pretrained:
         gpt = type(gpt)(gpt.config) if known is None else GPT(replace(known, dropout=dropout))
-    for p in gpt.parameters() if shuffled else ():
-        if p.dim() == 2:
-            p.data = p.data.flatten()[torch.randperm(p.numel())].view_as(p)
+    for p in (p for p in gpt.parameters() if shuffled and p.dim() == 2):
+        p.data = p.data.flatten()[torch.randperm(p.numel())].view_as(p)
     what = lm if pretrained else f"random weights in the shape of {lm}"
     return gpt, {"lm": what, "sha256": fingerprint(gpt)}
 

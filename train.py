@@ -168,8 +168,8 @@ def choose_settings(c, notes):
         why += f", {path}"
     c.env, c.device, short = env, str(device), not cuda or c.lm == "mini"
     notes["task"] = f"{env}, method {c.method}"
-    notes["lm"] = f"{c.lm} ({why}){'' if c.pretrained else ', random weights'}"
-    notes["lm"] += ", shuffled" if c.shuffled else ""
+    weights = ", random weights" * (not c.pretrained) + ", shuffled" * bool(c.shuffled)
+    notes["lm"] = f"{c.lm} ({why}){weights}"
     notes["preset"] = "short (no CUDA, or the mini LM), two targets at most" if short else "paper"
     if short and c.targets is None and task.targets:
         c.targets = list(task.targets[:2])
