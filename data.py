@@ -61,9 +61,8 @@ def find_dataset(env, task, ratio, name=None, quality="medium"):
     shares = {place: share_of(place) for place in places if is_dataset(place)}
     if not shares:
         raise UserError(f"no dataset: {why}; give another: --dataset FOLDER")
-    enough = [place for place, share in shares.items() if share >= ratio]
-    if not enough:
-        place, share = max(shares.items(), key=lambda item: item[1])
+    place = next((p for p in shares if shares[p] >= ratio), max(shares, key=shares.get))
+    if (share := shares[place]) < ratio:
         how, old = f"use --ratio {share:g}", local / (task.recorded or "")
         if task.recorded:
             how += f", or record it all: {COLLECT} --env {env} --steps {task.full}"
@@ -71,13 +70,13 @@ def find_dataset(env, task, ratio, name=None, quality="medium"):
         full = f"--ratio {ratio:g} is more than the {share:g} of all data in {place}"
         raise UserError(f"{full}{why and f', and {why}'}; {how}")
 
-    with reading(enough[0], "a Minari dataset"):
-        dataset = minari.MinariDataset(enough[0] / "data")
+    with reading(place, "a Minari dataset"):
+        dataset = minari.MinariDataset(place / "data")
         dataset.spec, dataset.env_spec  # noqa: B018  (read when first asked for)
-    bundled = BUNDLED in enough[0].parents
-    note = f"the bundled {enough[0].relative_to(BUNDLED)}" if bundled else str(enough[0])
+    bundled = BUNDLED in place.parents
+    note = f"the bundled {place.relative_to(BUNDLED)}" if bundled else str(place)
     note += ", as asked" if name else f", since {why}" if why else ""
-    return dataset, shares[enough[0]], note
+    return dataset, share, note
 
 
 def is_dataset(folder):
@@ -106,7 +105,7 @@ def download_dataset(name, local):
             if not is_dataset(local / name):  # by another process, just now
                 fetch(what, f"{remote}/{group}", [f"{rest}/*".lstrip("/")], "dataset", aside, how)
                 os.replace(aside / rest, local / name)
-                shutil.rmtree(aside)
+                shutil.rmtree(aside, ignore_errors=True)  # gone already if its name has no /
         lock.unlink(missing_ok=True)
     except OSError as error:
         raise UserError(f"cannot write {local / name}: {error.strerror}") from error
@@ -181,11 +180,6 @@ def read_episodes(dataset, indices, rewards=None):
         yield obs, episode.actions, earned, bool(episode.terminations[-1:].any())
 
 
-def returns_to_go(rewards, delayed=False):
-    """Sum of rewards from each step to the end: (T,) -> (T,). Delayed: all reward comes last."""
-    return np.full_like(rewards, rewards.sum()) if delayed else rewards[::-1].cumsum()[::-1].copy()
-
-
 def load_trajectories(
     dataset, action_space, scale=None, ratio=1.0, mode="normal", seed=0, device="cpu", rewards=None
 ):
@@ -220,10 +214,11 @@ def load_trajectories(
                     raise UserError(f"{what}: episode {i} has a NaN or infinite {kind}")
             obs[n : n + T], last_obs[len(returns)] = o[:T], o[T]  # the last one has no action
             n += T
-            last, rtg = np.arange(T) == T - 1, returns_to_go(r, mode == "delayed")
-            paid = last * r.sum() if mode == "delayed" else r
-            rows.append((a, rtg, paid, last & ended, np.arange(T), np.full(T, n)))
             returns.append(r.sum())
+            last = np.arange(T) == T - 1
+            r = last * r.sum() if mode == "delayed" else r
+            rtg = r[::-1].cumsum()[::-1]  # sum of rewards from each step to the end
+            rows.append((a, rtg, r, last & ended, np.arange(T), np.full(T, n)))
             lengths.append(T)
 
     act, rtg, reward, terminated, timestep, end = map(np.concatenate, zip(*rows, strict=True))
@@ -305,11 +300,9 @@ def get_encoding(vocab_size):
 
 
 def find_text(corpus=None, fallback=True):
-    """The text to learn language from: (Path, a line that says what was taken and why).
-
-    corpus: a file, "wikitext" (WikiText-103), "english" (the manual pages every Python has), or
-    None: WikiText-103 if it can be had, else, with fallback (not for GPT-2), "english".
-    """
+    """The text to learn language from: (Path, a line that says what was taken and why). corpus: a
+    file, "wikitext" (WikiText-103), "english" (the manual pages every Python has), or None:
+    WikiText-103 if it can be had, else, with fallback (not for GPT-2), "english"."""
     if corpus not in (None, "wikitext", "english"):
         return Path(corpus), f"{corpus}, as asked"
     path, why = cache_folder() / "wikitext-103-train.txt", None
@@ -345,10 +338,7 @@ def parquet_to_text(files, out):
 
 def tokenise(path, encoding, length=1):
     """The tokens (N,) of a UTF-8 text file, memory-mapped, and kept in the cache by its hash.
-
-    Raises UserError for what is no text, or shorter than a block of `length` and its targets.
-    """
-    path = Path(path)
+    Raises UserError for what is no text, or shorter than a block of `length` and its targets."""
     with reading(path, "a UTF-8 text"), open(path, "rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
     cached = cache_folder() / "tokens" / f"{digest[:32]}-{encoding.name}.bin"

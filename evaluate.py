@@ -34,7 +34,7 @@ TEXT_TOKENS = 16_384  # how much of a text the perplexity is measured on
 
 
 @torch.no_grad()
-def rollout(model, environment, c, stats, targets, episodes, seed=SEED, progress=False, watch=None):
+def rollout(model, environment, c, stats, targets, episodes, seed=SEED, watch=None):
     """Let a model act in `episodes` episodes for each target return, all in one batch.
 
     model: LaMo, or what has its observe, remember and act; environment: a tasks.Environment; c:
@@ -60,7 +60,7 @@ def rollout(model, environment, c, stats, targets, episodes, seed=SEED, progress
     pictures = deque(maxlen=STACK)  # (n, 84, 84) each; before the first one it was dark
     if is_picture(space):
         pictures.extend([torch.zeros(n, 84, 84, dtype=torch.uint8, device=device)] * STACK)
-    asked = [0.0 if target is None else target for target in targets]
+    asked = [target or 0.0 for target in targets]
     to_go = torch.tensor(np.repeat(asked, episodes) / c.scale, dtype=torch.float32, device=device)
     actions = decode_actions(action_space, np.zeros(n, int) if choice else np.zeros((n, n_act)))
     alive, returns, lengths = np.ones(n, bool), np.zeros(n), np.zeros(n, int)
@@ -69,7 +69,7 @@ def rollout(model, environment, c, stats, targets, episodes, seed=SEED, progress
     model.eval()
     if watch is not None:
         watch(envs, alive, alive, returns, tokens)
-    bar = tqdm(total=T, desc="evaluating", leave=False, disable=not progress)
+    bar = tqdm(total=T, desc="evaluating", leave=False)
     autocast = torch.autocast(device.type, torch.bfloat16, c.dtype == "bf16")
 
     def predict(context):  # (n, 3K - 1, C), or for fewer episodes or steps
@@ -117,11 +117,8 @@ def rollout(model, environment, c, stats, targets, episodes, seed=SEED, progress
     for env in envs:
         env.close()
     model.train(training)
-    rows = np.arange(n).reshape(len(targets), episodes)
-    return [
-        summarise(environment, target, returns[i], lengths[i], alive[i])
-        for target, i in zip(targets, rows, strict=True)
-    ]
+    parts = (x.reshape(len(targets), episodes) for x in (returns, lengths, alive))
+    return [summarise(environment, *part) for part in zip(targets, *parts, strict=True)]
 
 
 def summarise(environment, target, returns, lengths, cut):
@@ -140,11 +137,9 @@ def summarise(environment, target, returns, lengths, cut):
 
 
 def final_result(evaluations, steps):
-    """A run's score by the authors' protocol: the best target's mean over late evaluations.
-
-    Late are those in the last 20 % of the steps. evaluations: a list of {"step", "results"}, where
-    results are rollout's. Returns a dictionary, the best single evaluation's score in it too.
-    """
+    """A run's score by the authors' protocol: the best target's mean over late evaluations, those
+    in the last 20 % of the steps. evaluations: a list of {"step", "results"}, where results are
+    rollout's. Returns a dictionary, the best single evaluation's score in it too."""
     late = [e["results"] for e in evaluations if e["step"] > 0.8 * steps]
     targets = [
         {"target": same[0]["target"]}
@@ -166,7 +161,6 @@ def final_result(evaluations, steps):
 @dataclass
 class Arguments:
     checkpoint: tyro.conf.Positional[str]  # ckpt.pt or best.pt of a run
-    env: str | None = None  # refuse a checkpoint of any other environment
     targets: list[float] | None = None  # target returns (default: the run's)
     episodes: int | None = None  # for each target (default: the run's)
     episode_limit: int | None = None  # cut episodes here; 0 does not (default: the run's)
@@ -211,14 +205,12 @@ def main():
     args = tyro.cli(Arguments, description=__doc__)
     checkpoint = read_checkpoint(args.checkpoint)
     config = checkpoint["settings"]
-    if args.env and args.env != config["env"]:
-        raise UserError(f"{args.checkpoint} was trained on {config['env']}, not {args.env}")
     for name in ("lm", "targets", "episodes", "episode_limit", "sample"):
         if getattr(args, name) is not None:
             config[name] = getattr(args, name)
-    if args.targets == [] or args.episodes == 0 or args.seed < 0:
-        raise UserError("--targets and --episodes must not be empty or 0, and --seed 0 or more")
     device, c = choose_device(args.device), Config(**config)
+    if not c.targets or c.episodes < 1 or c.episode_limit < 0 or args.seed < 0:
+        raise UserError("--targets and --episodes must be 1 or more, --episode-limit and --seed 0")
     model, environment = load_policy(args.checkpoint, checkpoint)
     model.to(device)
     if args.prompt is not None:
@@ -233,9 +225,7 @@ def main():
             print(f"\n--- {when}: perplexity {perplexity:.2f}\n{text}")
         return
     stats = checkpoint["obs_mean"].to(device), checkpoint["obs_std"].to(device)
-    results = rollout(
-        model, environment, c, stats, c.targets, c.episodes, args.seed, progress=not args.json
-    )
+    results = rollout(model, environment, c, stats, c.targets, c.episodes, args.seed)
     if args.json:
         shown = {"checkpoint": args.checkpoint, "step": checkpoint["step"], "results": results}
         print(json.dumps(shown))

@@ -7,14 +7,14 @@ every tensor of a file is used or checked: what is missing, left over or misshap
 
 import hashlib
 import json
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 
 from llama import LLAMAS, find_llama, load_llama
 from model import ACTIVATIONS, GPT, GPTConfig
-from utils import UserError, choose, fetch, is_cached, no_network, reading, write_atomically
+from utils import UserError, choose, fetch, is_cached, no_network, reading
 
 MINI = Path(__file__).parent / "assets" / "mini-lm.safetensors"  # made by experiments/pretrain.py
 LANGUAGE_MODELS = {  # name: (repository on the hub or file, sizes of Radford et al. 2019, table 2)
@@ -68,11 +68,9 @@ def read_tensors(path):
 
 
 def read_config(path, tensors, said):
-    """The GPTConfig of a weights file. said: its config, as transformers or save_gpt2 wrote it.
-
-    The number of heads leaves no trace in the tensors. It is read from there or, for OpenAI's
-    widths, from the published sizes; else it is a UserError.
-    """
+    """The GPTConfig of a weights file. said: its config, as transformers or pretrain wrote it. The
+    number of heads leaves no trace in the tensors: it is read from there or, for OpenAI's widths,
+    from the published sizes; else it is a UserError."""
     vocab_size, n_embd = tensors["wte.weight"].shape
     published = {c.n_embd: c.n_head for place, c in LANGUAGE_MODELS.values() if place and c}
     n_head = said.get("n_head") or published.get(n_embd)
@@ -84,14 +82,13 @@ def read_config(path, tensors, said):
     visual = said.get("visual") is True or said.get("model_type") == "imagegpt"
     usual = "quick_gelu" if visual else "gelu_new"
     activation = said.get("activation") or said.get("activation_function") or usual
-    activation = SAME.get(activation, activation)
-    options = {"visual": visual, "activation": choose("activation", activation, ACTIVATIONS)}
+    activation = choose("activation", SAME.get(activation, activation), ACTIVATIONS)
     for name, value in {"n_inner": 4 * n_embd, "add_cross_attention": False}.items():
         if said.get(name) not in (None, value):
             raise UserError(f"{path}: its {name} is {said[name]}, and only {value} can be loaded")
-    options["norm_eps"] = said.get("norm_eps") or said.get("layer_norm_epsilon") or 1e-5
-    block_size = len(tensors["wpe.weight"])
-    return GPTConfig(len(layers), n_head, n_embd, vocab_size, block_size, **options)
+    eps = said.get("norm_eps") or said.get("layer_norm_epsilon") or 1e-5
+    sizes = len(layers), n_head, n_embd, vocab_size, len(tensors["wpe.weight"])
+    return GPTConfig(*sizes, visual=visual, activation=activation, norm_eps=eps)
 
 
 def scale_queries(tensors, said, config):
@@ -106,11 +103,9 @@ def scale_queries(tensors, said, config):
 
 
 def load_gpt2(name, dropout=0.1):
-    """GPT-2 by name or from a file, as a model.GPT in fp32 on the CPU; LLaMAs as llama.Llama.
-
-    name: as in find_weights; dropout: a number to train with, which no weights file holds. Raises
-    UserError if it cannot be had, or if a tensor is missing, misshapen or left over.
-    """
+    """GPT-2 by name or from a file, as a model.GPT in fp32 on the CPU; LLaMAs as llama.Llama. name:
+    as in find_weights; dropout: a number to train with, which no weights file holds. Raises
+    UserError if it cannot be had, or if a tensor is missing, misshapen or left over."""
     path = find_weights(name)
     with reading(path, "the weights of a GPT-2 or LLaMA (rm a download, and it is fetched again)"):
         beside = path.parent / "config.json"
@@ -139,11 +134,9 @@ def load_gpt2(name, dropout=0.1):
 
 
 def make_gpt(lm, pretrained, dropout, seed, shuffled=False):
-    """The GPT that training starts from, and what it is: (GPT, {"lm", "sha256"}).
-
-    pretrained: whether with its weights, or with random ones by the seed in the same shape.
-    shuffled: whether each matrix's numbers are then put in random order, by the seed.
-    """
+    """The GPT that training starts from, and what it is: (GPT, {"lm", "sha256"}). pretrained:
+    whether with its weights, or with random ones by the seed in the same shape; shuffled: whether
+    each matrix's numbers are then put in random order, by the seed."""
     torch.manual_seed(seed)  # random weights are part of what a seed fixes
     _, known = LANGUAGE_MODELS.get(lm, (None, None))  # a shape; else it is in the files
     if pretrained or known is None:
@@ -163,18 +156,3 @@ def fingerprint(gpt):
         digest.update(key.encode())
         digest.update(tensor.detach().cpu().float().contiguous().numpy().data)
     return digest.hexdigest()
-
-
-def save_gpt2(gpt, path, about, dtype=torch.float32):
-    """Write a GPT in the hub's layout, so that load_gpt2 and transformers both read it back.
-
-    about: dictionary of strings kept in the header; dtype: of the written weights.
-    """
-    from safetensors.torch import save
-
-    tensors = {
-        key: (tensor.t() if key.endswith(CONV1D) else tensor).to(dtype).contiguous()
-        for key, tensor in gpt.state_dict().items()
-    }
-    metadata = {"format": "pt", "config": json.dumps(asdict(gpt.config)), **about}
-    write_atomically(path, lambda file: file.write(save(tensors, metadata)))

@@ -20,17 +20,15 @@ from utils import UserError
 
 
 class LoRALinear(nn.Linear):
-    """nn.Linear (n_in -> n_out) with a low-rank update on each part of its output.
-
-    The layer says by its attribute `splits` how many equal parts there are (c_attn: 3), else it is
-    one. Their factors are stacked: lora_A (splits r, n_in), lora_B (n_out, r), loralib's layout.
-    """
+    """nn.Linear (n_in -> n_out) with a low-rank update on each part of its output. The layer says
+    by its attribute `splits` how many equal parts there are (c_attn: 3), else it is one. Their
+    factors are stacked: lora_A (splits r, n_in), lora_B (n_out, r), loralib's layout."""
 
     def __init__(self, linear, rank, alpha, dropout):
         super().__init__(linear.in_features, linear.out_features, device="meta")
         self.weight, self.bias = linear.weight, linear.bias
         self.splits = getattr(linear, "splits", 1)
-        self.rank, self.scaling = rank, alpha / rank
+        self.scaling = alpha / rank
         self.lora_dropout = nn.Dropout(dropout)
         new = {"dtype": torch.float32, "device": self.weight.device}
         self.lora_A = nn.Parameter(torch.empty(self.splits * rank, self.in_features, **new))
@@ -60,13 +58,10 @@ def inject_lora(gpt, targets=("c_attn",), rank=16, alpha=32, dropout=0.1):
 
 
 def mark_trainable(lamo, train, language=True, bias=True):
-    """Freeze and unfreeze, in place.
-
-    train "new": only what is outside the GPT (the trajectory embeddings, embed_ln, the time
-    embedding, the head), the paper's frozen ablation; "lora": LoRA's factors and, with bias, the
-    biases beside them, too; "all": everything, but wte, wpe and lm_head only for a language
-    loss, since nothing else reads them.
-    """
+    """Freeze and unfreeze, in place. train "new": only what is outside the GPT (the trajectory
+    embeddings, embed_ln, the time embedding, the head), the paper's frozen ablation; "lora": LoRA's
+    factors and, with bias, the biases beside them, too; "all": everything, but wte, wpe and lm_head
+    only for a language loss, since nothing else reads them."""
     lamo.requires_grad_(True)
     for name, parameter in lamo.gpt.named_parameters():
         read = language or name not in ("wte.weight", "wpe.weight", "lm_head.weight")

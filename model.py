@@ -139,10 +139,8 @@ class GPT(nn.Module):
 
     def blocks(self, x, read=slice(None)):
         """Dropout, all blocks and ln_f on embeddings that are already made: (B, T, C) -> (B, T, C).
-
         No wpe is added, so T may be any length. read: the positions wanted, if not all. Only the
-        last block can leave the others out: what earlier blocks make is attended to.
-        """
+        last block can leave the others out: what earlier blocks make is attended to."""
         x = self.drop(x)
         *others, last = self.h
         for block in others:
@@ -164,9 +162,7 @@ class GPT(nn.Module):
     @torch.no_grad()
     def generate(self, tokens, n, temperature=1.0, top_k=None, generator=None):
         """Append n sampled tokens to tokens (B, T); temperature 0 takes the likeliest each time.
-
-        A text longer than block_size is read from its end.
-        """
+        A text longer than block_size is read from its end."""
         for _ in range(n):
             logits = self(tokens[:, -self.config.block_size :])[:, -1].float()  # (B, V)
             if temperature == 0:
@@ -182,23 +178,15 @@ class GPT(nn.Module):
 
 
 @torch.no_grad()
-def text_loss(gpt, tokens, batch=4):
-    """Mean next-token cross-entropy of a text, in nats a token; exp of it is the perplexity.
-
-    tokens (N,), at least 2 integers in a NumPy array, are read in consecutive blocks of block_size:
-    each token but the first is predicted once, from those before it in its block.
-    """
+def text_loss(gpt, tokens):
+    """Mean next-token cross-entropy of a text, in nats a token; exp of it is the perplexity. tokens
+    (N,), at least 2 integers in a NumPy array, are read in consecutive blocks of block_size: each
+    token but the first is predicted once, from those before it in its block."""
     device, length, training = gpt.wte.weight.device, gpt.config.block_size, gpt.training
     gpt.eval()
-    total = 0.0
-    for i in range(0, len(tokens) - 1, batch * length):
-        piece = torch.as_tensor(tokens[i : i + batch * length + 1].astype("int64"), device=device)
-        whole = (len(piece) - 1) // length * length
-        blocks = [(piece[:whole].view(-1, length), piece[1 : whole + 1].view(-1, length))]
-        blocks.append((piece[whole:-1][None], piece[whole + 1 :][None]))  # what is left, if any
-        for x, y in blocks:
-            if x.numel():
-                total += gpt(x, y).item() * x.numel()
+    total, text = 0.0, torch.as_tensor(tokens.astype("int64"), device=device)
+    for x, y in zip(text[:-1].split(length), text[1:].split(length), strict=True):
+        total += gpt(x[None], y[None]).item() * len(x)
     gpt.train(training)
     return total / (len(tokens) - 1)
 
@@ -221,20 +209,16 @@ class ResidualMLP(nn.Module):
 
 def to_bins(x):
     """Which bin each number falls into: int64, 0 to BINS - 1. Numbers beyond LARGEST: the last.
-
     Bins are equally wide after mu-law companding, as in Gato (Reed et al. 2022, arXiv 2205.06175,
-    section 2.1): normalised states, actions and returns of any size then share them.
-    """
+    section 2.1): normalised states, actions and returns of any size then share them."""
     squashed = x.sign() * (x.abs() * MU + 1).log() / SPAN  # -1 to 1
     return ((squashed + 1) / 2 * BINS).long().clamp(0, BINS - 1)
 
 
 class TokenEmbedding(nn.Module):
     """Numbers, each looked up as a token: (.., n_in) -> (.., C), the mean over the n_in numbers.
-
     Every dimension has a table of its own, or the mean would not tell which number was whose. A
-    bin's row starts as the mean embedding of the three digits of its number, "000" to "511".
-    """
+    bin's row starts as the mean embedding of the three digits of its number, "000" to "511"."""
 
     def __init__(self, n_in, wte):
         super().__init__()
@@ -258,10 +242,8 @@ EMBEDDINGS = {  # name: (n_in, wte (V, C)) -> a module (.., n_in) -> (.., C)
 
 
 class FrameEncoder(nn.Module):
-    """States of `stack` frames each: (B, K + stack - 1, 84, 84) bytes -> (B, K, C).
-
-    The convolutions of Mnih et al. (2015), as Decision Transformer and LaMo have them for Atari.
-    """
+    """States of `stack` frames each: (B, K + stack - 1, 84, 84) bytes -> (B, K, C). The
+    convolutions of Mnih et al. (2015), as Decision Transformer and LaMo have them for Atari."""
 
     def __init__(self, stack, n_embd, embed):
         super().__init__()
@@ -300,10 +282,8 @@ class LaMo(nn.Module):
         C, wte, make = gpt.config.n_embd, gpt.wte.weight, EMBEDDINGS[embed]
         self.discrete = discrete
         self.embed_return = make(1, wte)
-        frames = len(obs_shape) == 3
-        self.embed_state = (
-            FrameEncoder(obs_shape[0], C, embed) if frames else make(obs_shape[0], wte)
-        )
+        n_obs, *picture = obs_shape  # O, or 4 and (84, 84)
+        self.embed_state = FrameEncoder(n_obs, C, embed) if picture else make(n_obs, wte)
         self.embed_action = nn.Embedding(n_act, C) if discrete else make(n_act, wte)
         if discrete and embed == "mlp":  # as the authors' code for Atari
             self.embed_action = nn.Sequential(self.embed_action, ResidualMLP(C, C))
@@ -345,18 +325,14 @@ class LaMo(nn.Module):
         return self.head(self.gpt.blocks(x, read=slice(1, None, 3)))  # over s_t
 
     def act(self, tokens):
-        """Predict one action from tokens that end in its s_t: (B, 3K - 1, C) -> (B, n_act).
-
-        tokens: what observe and remember made of the last K steps; sliding on changes none of them.
-        """
+        """Predict one action from tokens that end in its s_t: (B, 3K - 1, C) -> (B, n_act). tokens:
+        what observe and remember made of the last K steps; sliding on changes none of them."""
         return self.head(self.gpt.blocks(tokens, read=slice(-1, None)))[:, 0]
 
 
 class Objective(nn.Module):
     """The losses of a step in one call, so that torch.compile and DDP see a step as one graph.
-
-    centres: directions (k, C) of length 1 that Wiki-RL pulls tokens towards, or None.
-    """
+    centres: directions (k, C) of length 1 that Wiki-RL pulls tokens towards, or None."""
 
     def __init__(self, model, centres=None):
         super().__init__()

@@ -35,7 +35,7 @@ QUALITIES = ("simple", "medium", "expert")  # of Minari's MuJoCo datasets
 
 @dataclass(frozen=True)
 class Task:
-    minari: str | None = None  # dataset's Minari id, {quality} to be filled in; None: --dataset's
+    minari: str = ""  # dataset's Minari id, {quality} to be filled in; none: --dataset's
     env_id: str | None = None  # Gymnasium id (package:id); None: what the dataset was recorded in
     env_kwargs: dict = field(default_factory=dict)  # for gymnasium.make, where no dataset says them
     evaluated: dict = field(default_factory=dict)  # for gymnasium.make, whatever a dataset says
@@ -55,7 +55,6 @@ class Task:
     lora_rank: int = 16
     lora_dropout: float = 0.1
     lora_bias: bool = True  # biases of layers with LoRA are trained
-    sample: bool = False  # choices are drawn in evaluation; else the likeliest is taken
     recorded: str | None = None  # id of what experiments/collect.py records with a policy from here
     full: int = 1_000_000  # environment steps of a full recording
     bundled: str | None = None  # id of what comes with the project, in assets/minari
@@ -192,11 +191,9 @@ def make_env(spec, render_mode=None, **kwargs):
 
 
 def find_environment(task, dataset):
-    """The Environment of a task and a minari.MinariDataset, and one line on where it is from.
-
-    The dataset's own record wins where it is of the task's environment, or the task names none: it
-    says how the environment was set up. Raises UserError if the data are not of this environment.
-    """
+    """The Environment of a task and a minari.MinariDataset, and one line on where it is from. The
+    dataset's own record wins where it is of the task's environment, or the task names none: it
+    says how the environment was set up. Raises UserError if the data are not of this one."""
     name = dataset.spec.dataset_id
     specs = dataset._eval_env_spec, dataset.env_spec  # Minari has no public name for the first
     for wrapper in [wrapper for spec in specs if spec for wrapper in spec.additional_wrappers]:
@@ -325,11 +322,9 @@ def shrink(pictures):
 
 
 def flatten(space, values):
-    """Observations (..,) of a space -> (.., O): dictionaries by key in the space's order.
-
-    A choice becomes one-hot. For a single observation it is gymnasium.spaces.flatten. What `values`
-    holds beyond the space is left out.
-    """
+    """Observations (..,) of a space -> (.., O): dictionaries by key in the space's order. A choice
+    becomes one-hot. For a single observation it is gymnasium.spaces.flatten. What `values` holds
+    beyond the space is left out."""
     if isinstance(space, spaces.Dict | spaces.Tuple):
         named = space.items() if isinstance(space, spaces.Dict) else enumerate(space)
         return np.concatenate([flatten(part, values[key]) for key, part in named], axis=-1)

@@ -42,12 +42,12 @@ from utils import UserError, choose, choose_device, reading, write_json
 
 FORMAT = "lamo-checkpoint-4"  # a checkpoint's; another layout, or another function, is another one
 ABOVE_0 = "steps batch lm_batch lm_length context lora_rank max_ep_len scale embed_std lr clip "
-RANGES = {  # which test a number must pass, in words and as a function: settings
-    ("above 0", lambda x: x > 0): ABOVE_0 + "eval_every episodes log_every",
-    ("0 or more", lambda x: x >= 0): "lm_coef similarity warmup episode_limit seed",
-    ("at least 0 and below 1", lambda x: 0 <= x < 1): "dropout lora_dropout",
-    ("above 0 and at most 1", lambda x: 0 < x <= 1): "ratio",
-}
+RANGES = (  # which test a number must pass, in words and as a function, and which settings
+    ("above 0", lambda x: x > 0, ABOVE_0 + "eval_every episodes log_every"),
+    ("0 or more", lambda x: x >= 0, "lm_coef similarity warmup episode_limit seed"),
+    ("at least 0 and below 1", lambda x: 0 <= x < 1, "dropout lora_dropout"),
+    ("above 0 and at most 1", lambda x: 0 < x <= 1, "ratio"),
+)
 
 
 @dataclass
@@ -175,9 +175,9 @@ def choose_settings(c, notes):
         c.targets = list(task.targets[:2])
     fill(c, {name: values[short] for name, values in PRESETS.items()})
     fill(c, {"dtype": choose_dtype(device), "compile": cuda and bool(shutil.which("cc"))})
-    fill(c, vars(task) | {"similarity": 0.0, "shuffled": False})
+    fill(c, vars(task) | {"similarity": 0.0, "shuffled": False, "sample": False})
     choose("embed", c.embed, EMBEDDINGS)
-    for (words, fits), names in RANGES.items():
+    for words, fits, names in RANGES:
         for name in names.split():
             if (x := getattr(c, name)) is not None and not fits(x):
                 raise UserError(f"--{name.replace('_', '-')} is {x:g}, but must be {words}")
@@ -206,8 +206,8 @@ def choose_dtype(device):
 def complete_settings(c, data, environment):
     """Fill in, in place, what a task without a row leaves to the data."""
     longest, limit = int(data.lengths.max()), environment.spec.max_episode_steps
-    best = [float(f"{x:.4g}") for x in (data.returns.max(), np.percentile(data.returns, 90))]
-    fill(c, {"targets": sorted({*best}, reverse=True), "scale": data.scale})
+    best = {float(f"{x:.4g}") for x in (data.returns.max(), np.percentile(data.returns, 90))}
+    fill(c, {"targets": sorted(best, reverse=True), "scale": data.scale})
     fill(c, {"max_ep_len": max(limit or 0, longest)})
     c.targets = [float(target) for target in c.targets]
     if not (limit or c.episode_limit or environment.spec.id.startswith("ALE/")):
@@ -275,7 +275,7 @@ def read_checkpoint(path, expected=FORMAT):
             raise ValueError(f"the checksum of {damaged} is wrong")
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         if (had := checkpoint["format"]) != expected:
-            raise UserError(f"{path} is of other code ({had}, not {expected}); use its own commit")
+            raise UserError(f"{path} is a {had}, not a {expected}; use its own command and commit")
         return checkpoint
 
 
@@ -318,8 +318,8 @@ def begin_run(c, run, model):
         folder.mkdir(parents=True)
     except OSError as error:
         raise UserError(f"cannot make {folder}: {error.strerror}; set --name or --out") from error
-    sizes = [p.numel() * torch.tensor([1, p.requires_grad]) for p in model.parameters()]
-    n_all, n_trained = sum(sizes).tolist()
+    n_all = sum(p.numel() for p in model.parameters())
+    n_trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     settings = ", ".join(f"{name} {x}" for name, x in vars(c).items() if x is not None)
     shown = run["notes"] | {"settings": settings, "run": folder}
     shown["trained"] = f"{n_trained:,} of {n_all:,} parameters ({n_trained / n_all:.1%})"
@@ -370,7 +370,7 @@ def open_log(c, folder, run):
 def evaluate(c, run, folder, model, environment, log):
     """Let the policy act, log it, and keep it as best.pt if it is. Returns the best score."""
     since, stats = time.time(), (run["obs_mean"].to(c.device), run["obs_std"].to(c.device))
-    results = rollout(model, environment, c, stats, c.targets, c.episodes, progress=True)
+    results = rollout(model, environment, c, stats, c.targets, c.episodes)
     run["evaluating"] += time.time() - since
     log({"step": run["step"], "evaluation": results})
     score = max(r["score"] for r in results)
@@ -417,9 +417,10 @@ def join_processes(device):
 
 def gather(x):
     """The object x of each process, in a list by rank."""
-    found = [x] * (dist.get_world_size() if dist.is_initialized() else 1)
-    if dist.is_initialized():
-        dist.all_gather_object(found, x)
+    if not dist.is_initialized():
+        return [x]
+    found = [None] * dist.get_world_size()
+    dist.all_gather_object(found, x)
     return found
 
 
@@ -438,19 +439,17 @@ def prepare(c, task, notes, folder, saved, device):
         (model, _), base = load_policy(folder / "ckpt.pt", saved), saved["base"]
     else:
         model, base = build_model(c, environment)
-    tokens, centres = None, None
+    tokens, text, centres = None, None, None
     if c.lm_coef:
         tokens, notes["text"] = load_text(c.corpus, model.gpt.config, c.lm_length)
+        text, tokens = Path(tokens.filename).name, torch.from_numpy(tokens)  # its hash is in it
+        if device.type == "cuda":  # which cannot index uint16
+            tokens = tokens.int().to(device)
     if c.similarity and not saved:  # to the words as they are before training
         centres = word_centres(model.gpt.wte.weight)
     run = describe(c, notes, data, environment) | {"base": base, "centres": centres}
     run |= {"format": FORMAT, "dataset": str(Path(dataset.spec.data_path).parent.resolve())}
-    run["data"]["text"] = None
-    if c.lm_coef:
-        run["data"]["text"] = Path(tokens.filename).name  # its hash is in it
-        tokens = torch.from_numpy(tokens)
-        if device.type == "cuda":  # which cannot index uint16
-            tokens = tokens.int().to(device)
+    run["data"]["text"] = text
     if saved and run["data"] != saved["data"]:
         raise UserError(f"{folder} was begun on other data or another text; begin anew")
     return data, environment, model, tokens, saved or run

@@ -76,10 +76,8 @@ def reading(path, what):
 
 
 def write_atomically(path, write):
-    """Call write(file) on a new binary file, flush it to disk, then rename it to `path`.
-
-    A reader sees the old file or the whole new one. Raises UserError if it cannot be written.
-    """
+    """Call write(file) on a new binary file, flush it to disk, then rename it to `path`: a reader
+    sees the old file or the whole new one. Raises UserError if it cannot be written."""
     path = Path(path)
     aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
@@ -152,17 +150,17 @@ def as_graph(work, rngs=()):
         places = places or [x.clone() for x in inputs]  # a graph reads from the same places
         for place, x in zip(places, inputs, strict=True):
             place.copy_(x)
-        if calls > 3:
-            if calls == 4:
-                with torch.cuda.graph(graph):  # not on `stream`: see PyTorch's issue 193402
-                    result = work(*places)
-            graph.replay()
-            return result
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):  # not on the default one, as capturing demands
-            made = work(*places)
-        torch.cuda.current_stream().wait_stream(stream)
-        return made
+        if calls <= 3:
+            stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(stream):  # not on the default one, as capturing demands
+                made = work(*places)
+            torch.cuda.current_stream().wait_stream(stream)
+            return made
+        if calls == 4:
+            with torch.cuda.graph(graph):  # not on `stream`: see PyTorch's issue 193402
+                result = work(*places)
+        graph.replay()
+        return result
 
     return call
 

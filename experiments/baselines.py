@@ -168,7 +168,7 @@ def evaluate(c):
         actor = Actor(make_learner(*environment.sizes(), c).policy)
         actor.load_state_dict(checkpoint["model"])
     stats = checkpoint["obs_mean"].to(device), checkpoint["obs_std"].to(device)
-    results = rollout(actor.to(device), environment, c, stats, [None], c.episodes, progress=True)
+    results = rollout(actor.to(device), environment, c, stats, [None], c.episodes)
     dataset = checkpoint["notes"]["dataset"]
     print(f"{c.env}, {c.algo}, step {checkpoint['step']}, trained on {dataset}")
     print_table(results)

@@ -16,7 +16,7 @@ import hashlib
 import json
 import math
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 
@@ -29,7 +29,7 @@ from tqdm import tqdm
 
 import train
 from data import get_encoding, sample_text, tokenise
-from load_gpt2 import LANGUAGE_MODELS, fingerprint, save_gpt2
+from load_gpt2 import CONV1D, LANGUAGE_MODELS, fingerprint
 from model import GPT, GPTConfig, text_loss
 from utils import StopSignals, UserError, choose, choose_device, run_command, write_atomically
 
@@ -80,6 +80,21 @@ def shuffle_words(tokens, starts, generator):
     word = starts[tokens].long().cumsum(1)  # (b, L): which word of its row a token belongs to
     place = torch.rand(word.shape[0], word.shape[1] + 1, generator=generator).gather(1, word)
     return tokens.gather(1, place.argsort(dim=1, stable=True))
+
+
+def save_gpt2(gpt, path, about, dtype=torch.float32):
+    """Write a GPT in the hub's layout, so that load_gpt2 and transformers both read it back.
+
+    about: dictionary of strings kept in the header; dtype: of the written weights.
+    """
+    from safetensors.torch import save
+
+    tensors = {
+        key: (tensor.t() if key.endswith(CONV1D) else tensor).to(dtype).contiguous()
+        for key, tensor in gpt.state_dict().items()
+    }
+    metadata = {"format": "pt", "config": json.dumps(asdict(gpt.config)), **about}
+    write_atomically(path, lambda file: file.write(save(tensors, metadata)))
 
 
 def plot(log, path):

@@ -216,7 +216,7 @@ def main():
     if args.attention and "c_attn" not in model.gpt.lora_targets:
         raise UserError("--attention draws GPT-2s only, and this is a LLaMA; --gif draws both")
     stats = checkpoint["obs_mean"].to(device), checkpoint["obs_std"].to(device)
-    play = partial(rollout, model.to(device), environment, c, stats, seed=args.seed, progress=True)
+    play = partial(rollout, model.to(device), environment, c, stats, seed=args.seed)
     if args.video or args.gif:
         print_table(film(play, environment, c.targets, args.video, args.gif))
     if args.attention:

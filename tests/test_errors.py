@@ -19,9 +19,10 @@ from runs import SHORT, TORCHRUN, call, start
 from safetensors.torch import load_file, save_file
 
 import evaluate
-import load_gpt2
 import train
 from data import BUNDLED, find_dataset, get_encoding, load_trajectories, tokenise
+from experiments.pretrain import save_gpt2
+from load_gpt2 import load_gpt2
 from model import GPT, GPTConfig
 from tasks import TASKS
 from utils import UserError, run_command
@@ -111,7 +112,7 @@ def files(tmp_path_factory):
     call(train.main, *SHORT, "--steps", 1, "--eval-every", 1, "--out", folder, "--name", "run")
     (folder / "weights").mkdir()
     path, gpt = folder / "weights/model.safetensors", GPT(GPTConfig(1, 2, 8, 11, 8))
-    load_gpt2.save_gpt2(gpt, path, {})
+    save_gpt2(gpt, path, {})
     save_file(load_file(path), path)  # as others write it: without the number of heads, which is in
     (folder / "weights/config.json").write_text('{"n_head": 2}')
     (folder / "text.txt").write_text("A text of some words. " * 40)
@@ -125,10 +126,10 @@ def files(tmp_path_factory):
 def test_evaluate_refuses(error_of, files):
     ckpt = files / "run/ckpt.pt"
     assert "absent.pt" in error_of(evaluate.main, "absent.pt")
-    assert "ant" in error_of(evaluate.main, ckpt, "--env", "ant")
     assert "--device" in error_of(evaluate.main, ckpt, "--device", "cuda")
     assert "absent.txt" in error_of(evaluate.main, ckpt, "--prompt", "x", "--corpus", "absent.txt")
-    assert "--episode" in error_of(evaluate.main, ckpt, "--episodes", "many")
+    for wrong in (["--episodes", "many"], ["--episodes", -1], ["--episode-limit", -5]):
+        assert "--episode" in error_of(evaluate.main, ckpt, *wrong)
     assert "required" in error_of(evaluate.main)
     Path("one.pt").write_text("1")
     assert "one.pt" in error_of(evaluate.main, "one.pt")
@@ -158,7 +159,7 @@ def use_checkpoint(folder):
 
 
 def use_weights(folder):
-    load_gpt2.load_gpt2(str(folder / "weights"))
+    load_gpt2(str(folder / "weights"))
 
 
 def use_tokens(folder):

@@ -15,13 +15,8 @@ from transformers import (
     ImageGPTForCausalImageModeling,
 )
 
-from load_gpt2 import (
-    WEIGHTS,
-    fingerprint,
-    load_gpt2,
-    make_gpt,
-    save_gpt2,
-)
+from experiments.pretrain import save_gpt2
+from load_gpt2 import WEIGHTS, fingerprint, load_gpt2, make_gpt
 from model import GPT, GPTConfig
 from utils import UserError, is_cached
 

@@ -97,7 +97,9 @@ def test_any_atari_game_goes_by_its_name():
         find_task("hoper")
 
 
-def test_a_dataset_of_a_row_brings_the_row_along():
+def test_a_dataset_of_a_row_brings_the_row_along(monkeypatch):
+    rows = {"without a dataset of its own": Task(env_id="Ant-v5"), **TASKS}
+    monkeypatch.setattr(tasks, "TASKS", rows)
     for name in ("mujoco/walker2d/expert-v0", "lamo/walker2d/medium-1pct-v0"):
         assert tasks.task_of_dataset(name) == ("walker2d", TASKS["walker2d"])
     assert tasks.task_of_dataset("D4RL/kitchen/mixed-v2")[0] == "kitchen-mixed"
