@@ -127,7 +127,8 @@ TASKS = {
 def find_task(name):
     """(its name, `Task`) of a row of TASKS, however it is spelt, or of any other Atari game."""
     plain = name.removeprefix("ALE/").removesuffix("-v5").replace("_", "").lower()
-    if (key := name if name in TASKS else plain) in TASKS:
+    key = name if name in TASKS else plain
+    if key in TASKS:
         return key, TASKS[key]
     if plain in atari_games():  # scores differ a thousandfold: scale and targets are the data's
         return plain, atari(atari_games()[plain])

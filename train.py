@@ -158,8 +158,8 @@ def choose_settings(c, notes):
     env, task = task_of_dataset(c.dataset) if c.dataset else (None, None)
     if task is None or c.env not in (None, env):  # --env names another task: it wins
         env, task = find_task(c.env or "hopper")
-    device, why = choose_device(c.device), "as asked" if c.lm else f"{c.method}'s"
-    cuda = device.type == "cuda"
+    device = choose_device(c.device)
+    cuda, why = device.type == "cuda", "as asked" if c.lm else f"{c.method}'s"  # why this lm
     fill(c, method)
     if c.lm is None:
         c.lm, why = choose_lm(cuda)
@@ -168,8 +168,8 @@ def choose_settings(c, notes):
         why += f", {path}"
     c.env, c.device, short = env, str(device), not cuda or c.lm == "mini"
     notes["task"] = f"{env}, method {c.method}"
-    weights = ", random weights" * (not c.pretrained) + ", shuffled" * bool(c.shuffled)
-    notes["lm"] = f"{c.lm} ({why}){weights}"
+    notes["lm"] = f"{c.lm} ({why}){'' if c.pretrained else ', random weights'}"
+    notes["lm"] += ", shuffled" if c.shuffled else ""
     notes["preset"] = "short (no CUDA, or the mini LM), two targets at most" if short else "paper"
     if short and c.targets is None and task.targets:
         c.targets = list(task.targets[:2])

@@ -252,7 +252,8 @@ def fetch(what, repository, names, kind="model", folder=None, elsewhere=None):
     except UserError:
         raise
     except Exception as error:  # the client's and its transport's many kinds
-        error = (isinstance(error, FileNotFoundError) and error.__cause__) or error  # the client's
+        if isinstance(error, FileNotFoundError):  # the client's, which does not say why
+            error = error.__cause__ or error
         why = reason(error).partition(" For more information")[0]
         if not hasattr(error, "response"):  # else the hub has answered, and the reason says what
             how = f"hf download {repository} {' '.join(names)} --repo-type {kind}"
