@@ -200,21 +200,22 @@ def talk(gpt, prompt, n, tokens, encoding, dtype):
 
 
 def main():
-    from train import Config, build_model, load_policy, read_checkpoint  # which import this file
+    import train  # which imports this file
 
     args = tyro.cli(Arguments, description=__doc__)
-    checkpoint = read_checkpoint(args.checkpoint)
+    checkpoint = train.read_checkpoint(args.checkpoint)
     config = checkpoint["settings"]
     for name in ("lm", "targets", "episodes", "episode_limit", "sample"):
         if getattr(args, name) is not None:
             config[name] = getattr(args, name)
-    device, c = choose_device(args.device), Config(**config)
-    if not c.targets or c.episodes < 1 or c.episode_limit < 0 or args.seed < 0:
-        raise UserError("--targets and --episodes must be 1 or more, --episode-limit and --seed 0")
-    model, environment = load_policy(args.checkpoint, checkpoint)
+    device, c = choose_device(args.device), train.Config(**config)
+    train.check_ranges(c)
+    if not c.targets or args.seed < 0:
+        raise UserError("--targets takes one return at least, and --seed must be 0 or more")
+    model, environment = train.load_policy(args.checkpoint, checkpoint)
     model.to(device)
     if args.prompt is not None:
-        before = build_model(c, environment)[0].to(device)
+        before = train.build_model(c, environment)[0].to(device)
         encoding = model.gpt.config.encoding or get_encoding(model.gpt.config.vocab_size)
         path, note = find_text(args.corpus)
         tokens = tokenise(path, encoding)[:TEXT_TOKENS]

@@ -177,10 +177,7 @@ def choose_settings(c, notes):
     fill(c, {"dtype": choose_dtype(device), "compile": cuda and bool(shutil.which("cc"))})
     fill(c, vars(task) | {"similarity": 0.0, "shuffled": False, "sample": False})
     choose("embed", c.embed, EMBEDDINGS)
-    for words, fits, names in RANGES:
-        for name in names.split():
-            if (x := getattr(c, name)) is not None and not fits(x):
-                raise UserError(f"--{name.replace('_', '-')} is {x:g}, but must be {words}")
+    check_ranges(c)
     world = int(os.environ.get("WORLD_SIZE", 1))  # torchrun's
     if c.batch % world or (c.lm_coef and c.lm_batch % world):
         raise UserError(f"--batch and --lm-batch must be multiples of the {world} processes")
@@ -192,6 +189,14 @@ def choose_settings(c, notes):
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
     return task
+
+
+def check_ranges(c):
+    """Raise UserError for a number that is out of its range."""
+    for words, fits, names in RANGES:
+        for name in names.split():
+            if (x := getattr(c, name, None)) is not None and not fits(x):
+                raise UserError(f"--{name.replace('_', '-')} is {x:g}, but must be {words}")
 
 
 def choose_dtype(device):
@@ -350,8 +355,9 @@ def open_log(c, folder, run):
     if c.wandb:
         import wandb
 
-        project = os.environ.get("WANDB_PROJECT", "lamo")
-        wandb.init(project=project, id=folder.name, resume="allow", dir=folder, config=vars(c))
+        where = {"project": os.environ.get("WANDB_PROJECT", "lamo"), "dir": folder}
+        id = "-".join(folder.absolute().parts[-2:])  # sweeps into two folders repeat names
+        wandb.init(**where, id=id, resume="allow", config=vars(c))
 
     def log(row):
         with open(folder / "log.jsonl", "a") as file:

@@ -104,9 +104,7 @@ def features(obs_shape, layers):
 
 class Likeliest(nn.Module):
     """BCQ's filter: the best of the choices that an imitation of the data finds likely enough.
-
-    values (B, n) and features (B, F) -> the choice (B,) and its value (B, 1).
-    """
+    values (B, n) and features (B, F) -> the choice (B,) and its value (B, 1)."""
 
     def __init__(self, n_features, n_act):
         super().__init__()
@@ -333,7 +331,6 @@ def q_learning(obs_shape, n_act, c):
         double_dqn=delayed,
     )
     loss.make_value_estimator(gamma=c.discount)
-    targets = None
     if delayed:  # TorchRL's counter starts at 0, so it copies one step late
         targets = HardUpdate(loss, value_network_update_interval=c.target_every - 1)
     optimiser = Adam(loss.parameters(), c.lr, eps=ADAM_EPS[algo])
@@ -352,7 +349,7 @@ def q_learning(obs_shape, n_act, c):
             losses["loss_imitation"] += c.beta * logits.square().mean()
             total = total + losses["loss_imitation"]
         step(optimiser, total)
-        if targets is not None:
+        if delayed:
             targets.step()
         return losses
 

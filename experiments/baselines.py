@@ -90,7 +90,7 @@ def make_transitions(data, c):
     """The Trajectories that sample_transitions draws from: in place of returns-to-go, rtg (N, 3)
     holds the reward, scaled or clipped, whether the episode terminated, and its number."""
     span = float(data.returns.max() - data.returns.min())
-    rewards = data.reward * (c.return_span / span if c.return_span else 1)
+    rewards = data.reward * (c.return_span / span if c.return_span and span else 1)
     rewards = rewards.clamp(-1, 1) if c.clip_rewards else rewards
     episode = torch.searchsorted(data.end.unique(), data.end)
     return replace(data, rtg=torch.stack([rewards, data.terminated, episode], dim=1))
@@ -189,8 +189,7 @@ def main():
     notes["preset"] = "short (no CUDA)" if device.type == "cpu" else "CORL's steps"
     vars(c).update(env=env, device=str(device), method=c.algo)
     vars(c).update(context=1, scale=1, dtype="fp32", targets=[None], sample=False)  # for rollout
-    if not 0 < c.ratio <= 1:
-        raise UserError(f"--ratio is {c.ratio:g}, but must be above 0 and at most 1")
+    train.check_ranges(c)
     dataset, share, notes["dataset"] = find_dataset(c.env, task, c.ratio, c.dataset, c.quality)
     environment, notes["environment"] = find_environment(task, dataset)
     choose_hyperparameters(c, notes, environment)

@@ -156,10 +156,8 @@ def make_lamo(config, device, dtype):
 
 
 def make_step(model, objective, size, lm_coef, device, dtype, batch, context):
-    """A function that does one step, as the loop of train.py does it.
-
-    objective: called as model.Objective is; its first two losses count.
-    """
+    """A function that does one step, as the loop of train.py does it. objective: called as
+    model.Objective is; its first two losses count."""
     config, lm_length = size
     data, cuda = synthetic(100_000, device), device.type == "cuda"
     tokens = torch.randint(config.vocab_size, (10**6,), dtype=torch.int32, device=device)
@@ -246,9 +244,8 @@ def bench_steps(rows, name, device, ceilings):
         what = f"{name}, step, lm_coef {lm_coef}"
         add(rows, f"{what}, products alone", operations / ceilings[dtype], share=1.0)
         kinds = [(f"peer, {x}", x, partial(peer_step, size, lm_coef, device, x)) for x in ceilings]
-        for mode in modes:
-            make = partial(our_step, size, lm_coef, device, dtype, mode)
-            kinds.append((f"ours, {dtype}, {mode}", dtype, make))
+        ours = partial(our_step, size, lm_coef, device, dtype)
+        kinds += [(f"ours, {dtype}, {mode}", dtype, partial(ours, mode)) for mode in modes]
         for kind, precision, make in kinds:
             torch.compiler.reset()
             step, more = make(), {}
@@ -269,7 +266,6 @@ def bench_steps(rows, name, device, ceilings):
 
 def selection(lamo, n, device, dtype):
     """A function that does what the model does in a step of n environments, as evaluate.rollout."""
-
     autocast = partial(torch.autocast, device.type, torch.bfloat16, dtype == "bf16")
 
     def predict(context):

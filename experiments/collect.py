@@ -30,7 +30,7 @@ import tempfile
 from dataclasses import dataclass
 from functools import partial
 from importlib.metadata import version
-from itertools import count
+from itertools import count, pairwise
 from pathlib import Path
 from typing import Literal
 
@@ -98,11 +98,9 @@ RECIPES = {
 
 
 def sample_action(policy, rng, obs):
-    """A sampled action of an SB3 actor, as Stable-Baselines3 samples it.
-
-    policy: the actor's tensors as NumPy arrays, of SAC (a Gaussian squashed by tanh) or PPO (a
-    Gaussian cut at the bounds); obs (O,); returns (A,) float32 in [-1, 1].
-    """
+    """A sampled action of an SB3 actor, as Stable-Baselines3 samples it. policy: the actor's
+    tensors as NumPy arrays, of SAC (a Gaussian squashed by tanh) or PPO (a Gaussian cut at the
+    bounds); obs (O,); returns (A,) float32 in [-1, 1]."""
     h = obs.astype(np.float32)
     if "mu.weight" in policy:
         for layer in ("latent_pi.0", "latent_pi.2"):
@@ -119,10 +117,8 @@ def sample_action(policy, rng, obs):
 
 
 def play_episode(env, act, seed):
-    """One episode from environment seed `seed`, its actions from act(observation).
-
-    Returns T + 1 observations, T actions, T rewards, and whether the episode terminated.
-    """
+    """One episode from environment seed `seed`, its actions from act(observation). Returns T + 1
+    observations, T actions, T rewards, and whether the episode terminated."""
     observation, _ = env.reset(seed=seed)
     # copies, for some environments (FrankaKitchen) show the same object again, changed
     observations, actions, rewards = [copy.deepcopy(observation)], [], []
@@ -133,12 +129,6 @@ def play_episode(env, act, seed):
         observations.append(copy.deepcopy(observation))
         rewards.append(reward)
     return observations, actions, rewards, terminated
-
-
-def play(env, policy, episodes, seed):
-    """Returns of some episodes of a policy, (episodes,)."""
-    act = partial(sample_action, policy, np.random.default_rng(seed))
-    return np.array([sum(play_episode(env, act, seed + i)[2]) for i in range(episodes)])
 
 
 def train_policy(name, task, path, seed):
@@ -162,15 +152,17 @@ def train_policy(name, task, path, seed):
         if (step := learner.num_timesteps) % recipe.look_every:
             return True
         policy = actor()
-        for episodes, first_seed in ((recipe.look_episodes, 10_000), (SURE_EPISODES, 20_000)):
-            returns = play(look_env, policy, episodes, first_seed)
+        for episodes, first in ((recipe.look_episodes, 10_000), (SURE_EPISODES, 20_000)):
+            act = partial(sample_action, policy, np.random.default_rng(first))
+            played = [play_episode(look_env, act, first + i) for i in range(episodes)]
+            returns = np.array([sum(rewards) for _, _, rewards, _ in played])
             score = 100 * (returns.mean() - task.random) / (task.expert - task.random)
             mean, std = f"{returns.mean():.1f}", f"{returns.std():.1f}"
             line = f"return {mean} ± {std} over {episodes} episodes, score {score:.1f}"
             print(f"step {step}: {line}", flush=True)
             spread = returns.std() / max(returns.mean(), 1e-9)
             if not recipe.lowest <= score <= recipe.highest or spread < recipe.least_spread:
-                return True
+                return True  # not medium yet
         found.update(steps=str(step), return_mean=mean, score=f"{score:.1f}", return_std=std)
         return False
 
@@ -248,7 +240,7 @@ def import_d4rl(path, name, task, about):
     about["left_out"] = int(len(rewards) - max(ends, default=0))
 
     def episodes():
-        for start, end in tqdm(list(zip([0, *ends[:-1]], ends, strict=True)), name, unit="episode"):
+        for start, end in tqdm(list(pairwise([0, *ends])), name, unit="episode"):
             seen = np.concatenate([observations[start:end], following[end - 1 : end]])[:, :width]
             ended = bool(terminals[end - 1])
             yield make_episode(seen, actions[start:end], rewards[start:end], ended)
@@ -292,6 +284,7 @@ def import_dqn_replay(folder, name, task, about):
                 if not 0 <= part[1].min() <= part[1].max() < env.action_space.n:
                     raise UserError(f"{files[1]} has actions that {name} has not")
                 cuts = np.flatnonzero(part[3]) + 1
+                # what stands before each terminal, and what is left after the last: 4 arrays each
                 *ended, rest = zip(*(np.split(x, cuts) for x in part), strict=True)
                 for piece in ended:
                     whole = [np.concatenate(x) for x in zip(*kept, piece, strict=True)]

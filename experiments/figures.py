@@ -24,9 +24,8 @@ STYLE |= {"grid.alpha": 0.3, "grid.linewidth": 0.5, "lines.linewidth": 1.3, "lin
 
 @contextmanager
 def drawing(path, height, panels=1, columns=1, width=COLUMN, legend=0, **more):
-    """A figure, and a list of its axes, to draw on; then writes a PNG.
-
-    height, width: in inches; legend: the number of its entries, below the axes."""
+    """A figure, and a list of its axes, to draw on; then writes a PNG. height, width: in inches;
+    legend: the number of its entries, below the axes."""
     with matplotlib.rc_context(STYLE):
         figure = Figure((width, height + 0.08 * legend), layout="constrained")
         axes = figure.subplots(-(-panels // columns), columns, squeeze=False, **more).flat
@@ -48,10 +47,8 @@ def band(axis, curves, name, colour):
 
 def draw_curves(path, heading, cells, colours):
     """Score against training, a small panel for each method, the first one's mean in all of them.
-
     cells: {name: cell}. Runs of value-based methods have more steps, so the axis is the share of a
-    run's steps.
-    """
+    run's steps."""
     columns, first = min(3, len(cells)), next(iter(cells))
     own = np.mean([run.data_score for cell in cells.values() for run in cell])
     height, shared = 0.95 + 1.05 * -(-len(cells) // columns), dict(sharex=True, sharey=True)
@@ -113,10 +110,8 @@ def draw_iqm(path, heading, panels, colours):
 
 
 def draw_seeds(path, heading, panels, colours):
-    """Every seed's score by method, and a line through those of the same episodes.
-
-    panels: {title: ({name: cell}, {name: the paper's "mean ± std"})}.
-    """
+    """Every seed's score by method, and a line through those of the same episodes. panels:
+    {title: ({name: cell}, {name: the paper's "mean ± std"})}."""
     names = [name for name in colours if any(name in cells for cells, _ in panels.values())]
     columns = min(3, len(panels))
     height = (0.75 + 0.3 * len(names)) * -(-len(panels) // columns)

@@ -38,10 +38,10 @@ def action_error(model, data, c, stats, batches):
     if data.obs.dim() == 2:  # frames are not normalised
         data.obs = (data.obs * data.obs_std + data.obs_mean - stats[0]) / stats[1]
     objective, generator = Objective(model.eval()), torch.Generator(data.obs.device).manual_seed(0)
-    losses = []
+    losses, device = [], stats[0].device  # the model's; frames may be in the host's memory
     for _ in range(batches):
-        window = sample_windows(data, BATCH, c.context, generator)
-        with torch.autocast(data.obs.device.type, torch.bfloat16, c.dtype == "bf16"):
+        window = [x.to(device) for x in sample_windows(data, BATCH, c.context, generator)]
+        with torch.autocast(device.type, torch.bfloat16, c.dtype == "bf16"):
             losses.append(objective(window, window[-1].sum(), None)[0].item())
     return float(np.mean(losses))
 
@@ -54,6 +54,7 @@ def measure(path, device, batches):
     task = TASKS.get(c.env, Task())
     dataset, share, _ = find_dataset(c.env, task, c.ratio, saved["dataset"], c.quality)
     E, ratio = dataset.total_episodes, c.ratio / share
+    # as data.load_trajectories draws them
     drawn = np.random.default_rng(c.seed).choice(E, max(1, int(ratio * E + 1e-9)), replace=False)
     if len(drawn) == E:
         raise UserError(f"{path} learnt from every episode of {saved['dataset']}; none is held out")
@@ -70,14 +71,13 @@ def measure(path, device, batches):
 
 def main():
     args = tyro.cli(Arguments, description=__doc__)
-    device = choose_device(args.device)
-    rows = [measure(Path(path), device, args.batches) for path in args.runs]
-    width = max(len(row["run"]) for row in rows)
+    device, rows, width = choose_device(args.device), [], max(map(len, args.runs))
     print(f"{'run':{width}} {'training':>10} {'held out':>10}")
-    for row in rows:
-        print(f"{row['run']:{width}} {row['training']:10.5f} {row['held_out']:10.5f}")
-    if args.json:
-        write_json(args.json, rows)
+    for path in args.runs:
+        rows.append(row := measure(Path(path), device, args.batches))
+        print(f"{path:{width}} {row['training']:10.5f} {row['held_out']:10.5f}", flush=True)
+        if args.json:
+            write_json(args.json, rows)
 
 
 if __name__ == "__main__":

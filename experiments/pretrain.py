@@ -74,7 +74,6 @@ def word_starts(encoding):
 
 def shuffle_words(tokens, starts, generator):
     """Each row's words in random order, each word's tokens together and in theirs: (b, L) int.
-
     starts: what word_starts returns. The tokens of a row stay the same, only their order is lost.
     """
     word = starts[tokens].long().cumsum(1)  # (b, L): which word of its row a token belongs to
@@ -83,10 +82,8 @@ def shuffle_words(tokens, starts, generator):
 
 
 def save_gpt2(gpt, path, about, dtype=torch.float32):
-    """Write a GPT in the hub's layout, so that load_gpt2 and transformers both read it back.
-
-    about: dictionary of strings kept in the header; dtype: of the written weights.
-    """
+    """Write a GPT in the hub's layout, so that load_gpt2 and transformers both read it back. about:
+    dictionary of strings kept in the header; dtype: of the written weights."""
     from safetensors.torch import save
 
     tensors = {
@@ -127,6 +124,7 @@ def main():
         c = Config(**saved["settings"])
         c.out = path.removesuffix(".state.pt") + ".safetensors"  # the folder may have moved
     train.fill(c, vars(LANGUAGE_MODELS[choose("size", c.size, LR)][1]) | {"lr": LR[c.size]})
+    train.check_ranges(c)
     if not (c.text and c.heldout and c.out and c.out.endswith(".safetensors")):
         raise UserError("--text, --heldout and --out FILE.safetensors are needed; see --help")
     if c.n_embd % c.n_head:
@@ -136,6 +134,8 @@ def main():
     if c.batch % world:
         raise UserError(f"--batch {c.batch} cannot be shared by {world} processes")
     out, state_path = Path(c.out), Path(c.out).with_suffix(".state.pt")
+    if state_path.exists() and not saved:
+        raise UserError(f"{state_path} can go on: --resume it, or delete it to begin anew")
     encoding = get_encoding(c.vocab_size)
     both = [np.concatenate([tokenise(p, encoding) for p in paths]) for paths in (c.text, c.heldout)]
     tokens, heldout = both
@@ -181,7 +181,7 @@ def main():
     for step in bar:
         cosine = 0.55 + 0.45 * math.cos(math.pi * step / c.steps)
         for group in optimiser.param_groups:
-            group["lr"] = c.lr * min(step / c.warmup, cosine)
+            group["lr"] = c.lr * min(step / max(1, c.warmup), cosine)
         x, y = sample_text(tokens, c.batch, c.block_size, rngs[0])
         if c.shuffle_words:
             block = shuffle_words(torch.cat([x, y[:, -1:]], 1), starts, rngs[0])

@@ -98,7 +98,7 @@ class Run:
         tied.setdefault("eps", 1e-6)  # of runs from before it was a setting
         self.settings = {k: tuple(v) if isinstance(v, list) else v for k, v in tied.items()}
         self.settings["lm"] = self.lm
-        self.body = Path(settings["lm"]).stem if base and self.method != "dt" else None
+        self.body = Path(settings["lm"]).name if base and self.method != "dt" else None
         if settings.get("pretrained") and not settings.get("shuffled"):  # others go by the seed
             self.settings["weights"] = base["sha256"][:8]
 
@@ -124,11 +124,10 @@ def read_runs(paths):
 
 
 def name_runs(runs):
-    """Give each run its name: the method, and those settings in which it differs from most others.
-
-    Most: those of the same row and method whose values are the commonest in all runs; of language
-    models, the row's commonest. An older run has no value for a setting that is newer; that is no
-    difference.
+    """Give each run its name: the method, and the settings in which it differs from the most
+    typical run of its row and method, the one whose values are the commonest over all runs. Its
+    language model is compared with the row's commonest. An older run has no value for a newer
+    setting; that is no difference.
     """
     common = Counter(item for run in runs for item in run.settings.items())
     bodies = {}  # of each row: how many runs have which language model
@@ -136,10 +135,11 @@ def name_runs(runs):
         bodies.setdefault(run.row, Counter())[run.body] += run.body is not None
     for place in {(run.row, run.method) for run in runs}:
         same = [run for run in runs if (run.row, run.method) == place]
-        usual = max((run.settings for run in same), key=lambda s: sum(common[x] for x in s.items()))
+        settings = (run.settings for run in same)
+        typical = max(settings, key=lambda s: sum(common[item] for item in s.items()))
         lms = {(run.settings.get("lm"), run.settings.get("weights")) for run in same}
         for run in same:
-            other = {k: v for k, v in sorted(run.settings.items()) if usual.get(k, v) != v}
+            other = {k: v for k, v in sorted(run.settings.items()) if typical.get(k, v) != v}
             if run.body not in (None, bodies[run.row].most_common(1)[0][0]):
                 other["lm"] = run.lm
             if "lm" in other and sum(lm == other["lm"] for lm, _ in lms) == 1:
@@ -228,8 +228,8 @@ def aggregate(cells):
     for row, here in cells.items():
         for name in (name for name, cell in here.items() if not cell[0].plain):
             of_name.setdefault(name, []).append(row)
-    modes = product(of_name.values(), {row[2] for row in cells})
-    sets = {tuple(row for row in rows if row[2] == mode) for rows, mode in modes}
+    pairs = product(of_name.values(), {row[2] for row in cells})
+    sets = {tuple(row for row in rows if row[2] == mode) for rows, mode in pairs}
     for rows in sorted(sets, key=lambda rows: (-len(rows), sorted(rows))):
         if len(rows) < 2:
             break
@@ -268,11 +268,9 @@ def table(cells, names, paper):
 
 
 def table_of_pairs(cells):
-    """Lines of a Markdown table: LaMo's score minus each method's, by the seeds that both have.
-
-    A seed draws the same episodes for every method, unless the dataset was recorded anew: then it
-    makes no pair. Methods with fewer than PAIRS pairs are left out.
-    """
+    """Lines of a Markdown table: LaMo's score minus each method's, by the seeds that both have. A
+    seed draws the same episodes for every method, unless the dataset was recorded anew: then it
+    makes no pair. Methods with fewer than PAIRS pairs are left out."""
     lines = ["| task | data | LaMo minus | mean | 95 % interval | LaMo ahead | LaMo's IQM | IQM |"]
     lines.append("|---" * 8 + "|")
     for row, here in cells.items():

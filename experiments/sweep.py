@@ -144,6 +144,8 @@ def runs_of(args):
     by_name = {}
     for run in runs:
         run = run | {"env": find_task(run["env"])[0]}  # as it is written in tasks.py
+        if run["method"] in ("dt", *ALGORITHMS):
+            run["lm"] = None  # these have none
         choose("method", run["method"], [*METHODS, *ALGORITHMS])
         choose("mode", run["mode"], ["normal", "delayed"])
         if by_name.setdefault(name_of(run), run) != run:
@@ -196,11 +198,11 @@ def start(run, out, flags, threads, **how):
         return subprocess.Popen([sys.executable, *command], stdout=file, stderr=file, **how)
 
 
-def last_lines(run, out, n=5):
+def last_lines(run, out):
     """The end of a run's output, without its progress bars."""
     text = log_of(run, out).read_text(errors="replace") if log_of(run, out).is_file() else ""
     lines = [line for line in text.replace("\r", "\n").splitlines() if line.strip()]
-    return [line for line in lines if "it/s" not in line and "s/it" not in line][-n:]
+    return [line for line in lines if "it/s" not in line and "s/it" not in line][-5:]
 
 
 def progress_of(run, out):
@@ -210,10 +212,14 @@ def progress_of(run, out):
         return 0, 0, 0.0
     steps = json.loads((folder / "config.json").read_text())["settings"]["steps"]
     lines = (folder / "log.jsonl").read_text().split("\n")[:-1]  # the whole ones
-    for row in map(json.loads, reversed(lines)):
-        if "seconds" in row:  # an evaluation has none
-            return row["step"], steps, row["seconds"] / row["step"]
-    return 0, steps, 0.0
+    rows = [row for row in map(json.loads, lines) if "seconds" in row]  # an evaluation has none
+    if not rows:
+        return 0, steps, 0.0
+    done, spent = rows[-1]["step"], rows[-1]["seconds"]
+    if len(rows) == 1:
+        return done, steps, spent / done
+    first = rows[0]  # by then a GPU has compiled the step
+    return done, steps, (spent - first["seconds"]) / (done - first["step"])
 
 
 def measure(run, flags, threads):
@@ -221,10 +227,10 @@ def measure(run, flags, threads):
     as the real one would, it prints why, and the seconds are 0."""
     print(f"measuring {PROBE_STEPS} steps of {name_of(run)}", flush=True)
     with tempfile.TemporaryDirectory() as aside:
-        words = [*flags, "--log-every", str(PROBE_STEPS)]
+        words = [*flags, "--log-every", str(PROBE_STEPS // 2), "--no-wandb"]
         process = start(run, aside, words, threads, start_new_session=True)
         try:
-            while not progress_of(run, aside)[0] and process.poll() is None:
+            while progress_of(run, aside)[0] < PROBE_STEPS and process.poll() is None:
                 time.sleep(0.1)
         finally:
             process.terminate()

@@ -13,7 +13,6 @@ import sys
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import partial
-from types import SimpleNamespace
 
 import gymnasium as gym
 import numpy as np
@@ -23,7 +22,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from evaluate import SEED, print_table, rollout
 from tasks import make_env
-from train import load_policy, read_checkpoint
+from train import Config, load_policy, read_checkpoint
 from utils import UserError, choose_device, reason, run_command, write_atomically
 
 
@@ -211,7 +210,7 @@ def main():
     checkpoint = read_checkpoint(args.checkpoint)
     given = {name: getattr(args, name) for name in ("lm", "targets", "episode_limit")}
     checkpoint["settings"] |= {name: x for name, x in given.items() if x is not None}
-    device, c = choose_device(args.device), SimpleNamespace(**checkpoint["settings"])
+    device, c = choose_device(args.device), Config(**checkpoint["settings"])
     model, environment = load_policy(args.checkpoint, checkpoint)
     if args.attention and "c_attn" not in model.gpt.lora_targets:
         raise UserError("--attention draws GPT-2s only, and this is a LLaMA; --gif draws both")

@@ -40,6 +40,24 @@ def test_a_study_is_made_of_runs_that_exist(study):
     assert {run["seed"] for run in STUDIES[study]} >= {0, 1, 2}
 
 
+def test_a_language_model_is_of_methods_that_have_one(tmp_path, capsys):
+    words = ["--method", "lamo,dt,bc", "--lm", "mini,smollm2", "--out", tmp_path, "--dry-run"]
+    with pytest.raises(SystemExit):
+        call(sweep.main, *HOPPER, *words, "--flags", "--no-such-flag")
+    out = capsys.readouterr().out
+    assert all(out.count(f" hopper-{name}-s0 ") == 1 for name in ("dt-0.01", "bc-0.01"))
+    assert all(out.count(f" hopper-lamo-0.01-{lm}-s0 ") == 1 for lm in ("mini", "smollm2"))
+
+
+def test_a_step_is_timed_without_the_first_ones(tmp_path):
+    (folder := tmp_path / name_of(hopper("dt"))).mkdir()
+    (folder / "config.json").write_text('{"settings": {"steps": 100}}')
+    rows = [(0, None), (10, 60.0), (15, None), (20, 61.0)]  # compiled by step 10
+    rows = [{"step": step} | ({"seconds": x} if x else {}) for step, x in rows]
+    (folder / "log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert progress_of(hopper("dt"), tmp_path) == (20, 100, 0.1)
+
+
 def test_a_study_does_not_leave_out_in_silence_what_it_has_not(tmp_path):
     with pytest.raises(UserError, match="seed 3, 4"):
         call(sweep.main, "real", "--seed", "2,3,4", "--out", tmp_path, "--dry-run")
