@@ -122,14 +122,13 @@ def test_ratio_keeps_whole_trajectories_drawn_by_the_seed(five, ratio, kept):
     seen = set()
     for seed in range(40):
         flat = load_trajectories(five[0], ACT, 1.0, ratio, seed=seed)
-        again = load_trajectories(five[0], ACT, 1.0, ratio, seed=seed)
-        assert flat.digest() == again.digest()
         lengths = set(flat.lengths.tolist())
         assert len(lengths) == kept  # without replacement
         assert len(flat) == flat.lengths.sum()
         assert flat.obs.mean(0).abs().max() < 1e-4  # normalised by the kept part's own statistics
         seen |= lengths
     assert seen == {4, 1, 9, 6, 2}
+    assert load_trajectories(five[0], ACT, 1.0, ratio, seed=seed).digest() == flat.digest()
     assert (load_trajectories(five[0], ACT).digest() == flat.digest()) == (kept == 5)
 
 
@@ -221,8 +220,6 @@ def test_which_dataset_is_taken(tmp_path, monkeypatch):
     own = HOPPER.minari.format(quality="medium")
     make_dataset([random_episode(np.random.default_rng(0), 3)], name=own)
     assert taken(0.01) == (tmp_path / own, 1.0)
-    with refused(match="minari download mujoco/hopper/expert-v0"):  # no other quality instead
-        find_dataset("hopper", HOPPER, 0.01, quality="expert")
 
 
 def test_a_dataset_asked_for_is_found_or_an_error(five, tmp_path):
@@ -252,16 +249,6 @@ def test_data_that_cannot_be_learnt_from_are_refused(five, kind, spoil):
             file[key] = values[:-1] if spoil == "short" else np.full_like(values, spoil)
     with refused(match=dataset.spec.dataset_id):
         load_trajectories(dataset, ACT, 1.0)
-
-
-@pytest.mark.parametrize("name", ["main_data.hdf5", "metadata.json"])
-@pytest.mark.parametrize("half", [True, False])
-def test_a_damaged_dataset_is_refused(five, name, half):
-    folder = folder_of(five[0])
-    path = folder / "data" / name
-    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2] if half else b"x")
-    with refused(match=str(folder)):
-        load_trajectories(find_dataset("hopper", HOPPER, 1.0, str(folder))[0], ACT, 1.0)
 
 
 def test_a_dataset_without_an_episode_is_refused(five):

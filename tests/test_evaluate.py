@@ -104,11 +104,6 @@ def test_the_final_score_by_hand():
     assert (told["evaluations_averaged"], told["episodes_cut"]) == (2, 4)
 
 
-def test_scores_are_0_for_random_and_100_for_an_expert(hopper):
-    assert (hopper.score(-20.3), hopper.score(3234.3)) == (0, 100)
-    assert hopper.score(1607.0) == pytest.approx(50)
-
-
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA, or LAMO_TEST_CUDA is not set")
 def test_acting_as_a_cuda_graph_is_acting(hopper):
     """Windows full or not, and episodes that have ended carried along."""

@@ -5,9 +5,6 @@ import math
 import os
 import re
 import signal
-import subprocess
-import sys
-from pathlib import Path
 
 import minari
 import numpy as np
@@ -15,6 +12,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from runs import TORCHRUN, call, finish, start
 from safetensors import safe_open
 
 from data import BUNDLED, get_encoding
@@ -29,41 +27,30 @@ TINY = ["--n-layer", 1, "--n-head", 2, "--n-embd", 32, "--block-size", 32, "--st
 TINY += ["--batch", 4, "--lr", "1e-2", "--warmup", 2, "--eval-every", 3, "--device", "cpu"]
 
 
-def call(module, patch, *arguments):
-    """Run a command; the signal handlers that it sets are put back."""
-    patch.setattr("sys.argv", [module.__name__, *map(str, arguments)])
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        module.main()
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
 def outcome(folder):
     """What pre-training in a folder left: its log, a list of dictionaries, and its weights."""
     rows = [json.loads(line) for line in (folder / "lm.jsonl").read_text().splitlines()]
     return rows, load_gpt2(str(folder / "lm.safetensors")).state_dict()
 
 
-def pretrain_tiny(patch, folder, *more, text=SQUARES, times=1):
+def pretrain_tiny(folder, *more, text=SQUARES, times=1):
     """One short pre-training in a folder. Returns its outcome."""
     folder.mkdir(exist_ok=True)
     (folder / "text.txt").write_text(text * times)
     (folder / "heldout.txt").write_text(text)
     files = ["--text", folder / "text.txt", "--heldout", folder / "heldout.txt"]
-    call(pretrain, patch, *files, "--out", folder / "lm.safetensors", *TINY, *more)
+    call(pretrain.main, *files, "--out", folder / "lm.safetensors", *TINY, *more)
     return outcome(folder)
 
 
-def test_pretraining_learns_and_saves_what_it_measured(tmp_path, monkeypatch):
+def test_pretraining_learns_and_saves_what_it_measured(tmp_path):
     text = "the quick brown fox jumps over the lazy dog and runs; " * 5
     tokens = np.array(get_encoding(257).encode_ordinary(text), np.uint16)
     longer = ["--steps", 120, "--eval-every", 60, "--micro-batch", 3, "--block-size", 64]
     bits = []
     for more in ([], ["--shuffle-words", "--half"]):
         folder = tmp_path / str(len(more))
-        log, weights = pretrain_tiny(monkeypatch, folder, *longer, *more, text=text, times=40)
+        log, weights = pretrain_tiny(folder, *longer, *more, text=text, times=40)
         assert [row["step"] for row in log] == [60, 120]
         assert log[1]["bits_per_byte"] < log[0]["bits_per_byte"] < 8
         bits.append(log[1]["bits_per_byte"])
@@ -84,7 +71,7 @@ def test_pretraining_learns_and_saves_what_it_measured(tmp_path, monkeypatch):
 @pytest.mark.parametrize("after", [1, 5, 6])
 def test_a_resumed_pretraining_ends_as_an_uninterrupted_one(tmp_path, monkeypatch, after):
     more = ["--dropout", 0.1, "--shuffle-words"]
-    log, weights = pretrain_tiny(monkeypatch, tmp_path / "whole", *more)
+    log, weights = pretrain_tiny(tmp_path / "whole", *more)
     drawn = []
 
     def draw_and_stop(*arguments):
@@ -97,23 +84,19 @@ def test_a_resumed_pretraining_ends_as_an_uninterrupted_one(tmp_path, monkeypatc
         draw = pretrain.sample_text
         patch.setattr(pretrain, "sample_text", draw_and_stop)
         with pytest.raises(SystemExit) as stop:
-            pretrain_tiny(patch, tmp_path / "cut", *more)
+            pretrain_tiny(tmp_path / "cut", *more)
     assert stop.value.code == 128 + signal.SIGTERM
-    call(pretrain, monkeypatch, "--resume", tmp_path / "cut" / "lm.state.pt", "--device", "cpu")
+    call(pretrain.main, "--resume", tmp_path / "cut" / "lm.state.pt", "--device", "cpu")
     resumed_log, resumed = outcome(tmp_path / "cut")
     assert resumed_log == log
     torch.testing.assert_close(resumed, weights, atol=0, rtol=0)
 
 
-def test_two_processes_pretrain_what_one_does(tmp_path, monkeypatch):
-    log, weights = pretrain_tiny(monkeypatch, tmp_path, "--micro-batch", 1)
-    root = Path(pretrain.__file__).parents[1]
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    command += ["-m", "experiments.pretrain", "--text", tmp_path / "text.txt"]
-    command += ["--heldout", tmp_path / "heldout.txt", *TINY, "--micro-batch", 1]
-    command += ["--out", tmp_path / "two" / "lm.safetensors"]
-    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, cwd=root)
-    assert done.returncode == 0, done.stderr[-2000:]
+def test_two_processes_pretrain_what_one_does(tmp_path):
+    log, weights = pretrain_tiny(tmp_path, "--micro-batch", 1)
+    words = ["--text", tmp_path / "text.txt", "--heldout", tmp_path / "heldout.txt", *TINY]
+    words += ["--micro-batch", 1, "--out", tmp_path / "two" / "lm.safetensors"]
+    finish(start("-m", "experiments.pretrain", *words, launcher=TORCHRUN))
     other_log, other = outcome(tmp_path / "two")
     torch.testing.assert_close(weights, other, atol=2e-3, rtol=0)
     assert log[-1] == pytest.approx(other_log[-1], rel=0.01)
@@ -134,7 +117,7 @@ def test_the_shorter_recording_is_the_beginning_of_the_longer(tmp_path, monkeypa
     recorded = [BUNDLED / TASKS["hopper"].bundled]
     for steps in (400, 900):
         monkeypatch.setenv("MINARI_DATASETS_PATH", str(tmp_path / str(steps)))
-        call(collect, monkeypatch, "--env", "hopper", "--steps", steps)
+        call(collect.main, "--env", "hopper", "--steps", steps)
         recorded.append(tmp_path / str(steps) / TASKS["hopper"].recorded)
         about = json.loads((recorded[-1] / "about.json").read_text())
         assert about["steps"] >= steps
@@ -151,5 +134,5 @@ def test_the_shorter_recording_is_the_beginning_of_the_longer(tmp_path, monkeypa
     near = {"rtol": 1e-4, "atol": 1e-5}  # that one was recorded on another machine
     np.testing.assert_allclose(short[0].actions[:50], bundled[0].actions[:50], **near)
     np.testing.assert_allclose(short[0].rewards[:50], bundled[0].rewards[:50], **near)
-    with pytest.raises(UserError, match="exists already"):
-        call(collect, monkeypatch, "--env", "hopper", "--steps", 1)
+    with pytest.raises(UserError, match=str(recorded[-1])):
+        call(collect.main, "--env", "hopper", "--steps", 1)

@@ -8,6 +8,7 @@ import minari
 import numpy as np
 import pytest
 import torch
+from runs import call
 
 from data import load_trajectories
 from experiments import collect
@@ -19,11 +20,6 @@ from utils import UserError
 def home(tmp_path, monkeypatch):
     monkeypatch.setenv("MINARI_DATASETS_PATH", str(tmp_path / "minari"))
     return tmp_path / "minari"
-
-
-def call(monkeypatch, *arguments):
-    monkeypatch.setattr("sys.argv", ["collect", *map(str, arguments)])
-    collect.main()
 
 
 def write_d4rl(path, lengths, obs_dim=11, act_dim=3, following=False, tail=0, **other):
@@ -47,10 +43,10 @@ def write_d4rl(path, lengths, obs_dim=11, act_dim=3, following=False, tail=0, **
 
 
 @pytest.mark.parametrize("following", [True, False])
-def test_d4rl_episodes_are_cut_at_terminals_and_timeouts(tmp_path, home, monkeypatch, following):
+def test_d4rl_episodes_are_cut_at_terminals_and_timeouts(tmp_path, home, following):
     lengths = [5, 1, 8, 3]
     arrays = write_d4rl(tmp_path / "x.hdf5", lengths, following=following, tail=4)
-    call(monkeypatch, "--import-d4rl", tmp_path / "x.hdf5", "--env", "hopper")
+    call(collect.main, "--import-d4rl", tmp_path / "x.hdf5", "--env", "hopper")
     dataset = minari.MinariDataset(home / "d4rl/hopper/medium-v2/data")
     episodes = list(dataset.iterate_episodes())
     assert [len(e) for e in episodes] == lengths
@@ -71,10 +67,10 @@ def test_d4rl_episodes_are_cut_at_terminals_and_timeouts(tmp_path, home, monkeyp
     assert len(load_trajectories(dataset, environment.action_space)) == sum(lengths)
 
 
-def test_d4rl_ants_contact_forces_are_zero_and_are_left_out(tmp_path, home, monkeypatch):
+def test_d4rl_ants_contact_forces_are_zero_and_are_left_out(tmp_path, home):
     observations = np.tile(np.arange(111) < 27, (6, 1)).astype(np.float32)
     write_d4rl(tmp_path / "x.hdf5", [3, 3], act_dim=8, observations=observations)
-    call(monkeypatch, "--import-d4rl", tmp_path / "x.hdf5", "--env", "ant")
+    call(collect.main, "--import-d4rl", tmp_path / "x.hdf5", "--env", "ant")
     dataset = minari.MinariDataset(home / "d4rl/ant/medium-v2/data")
     environment, _ = find_environment(TASKS["ant"], dataset)
     assert environment.observation_space.shape == (27,)
@@ -110,7 +106,7 @@ def test_dqn_replay_comes_back_as_it_was(tmp_path, home, monkeypatch, at_a_time)
     first = write_dqn(tmp_path / "logs", 2, pieces)
     pieces = [(5, False, True), (1, True, True), (2, True, True)]
     second = write_dqn(tmp_path / "logs", 10, pieces)  # after 2, not before it
-    call(monkeypatch, "--import-dqn-replay", tmp_path / "logs", "--env", "breakout")
+    call(collect.main, "--import-dqn-replay", tmp_path / "logs", "--env", "breakout")
     dataset = minari.MinariDataset(home / "dqn-replay/breakout/logged-v0/data")
     expected = [(first, 0), (first, 1), (second, 1), (second, 2)]
     for episode, (arrays, i) in zip(dataset.iterate_episodes(), expected, strict=True):
@@ -128,7 +124,7 @@ def test_dqn_replay_comes_back_as_it_was(tmp_path, home, monkeypatch, at_a_time)
 
 
 @pytest.mark.parametrize("spoilt", ["cut", "last byte", "no gzip", "absent", "another game's"])
-def test_a_damaged_dqn_file_leaves_nothing(tmp_path, home, monkeypatch, spoilt):
+def test_a_damaged_dqn_file_leaves_nothing(tmp_path, home, spoilt):
     write_dqn(tmp_path / "logs", 0, [(3, True, True)] * 2, 18 if "game" in spoilt else 4)
     path = tmp_path / "logs" / "$store$_action_ckpt.0.gz"
     whole = path.read_bytes()
@@ -137,12 +133,12 @@ def test_a_damaged_dqn_file_leaves_nothing(tmp_path, home, monkeypatch, spoilt):
     if spoilt == "absent":
         path.unlink()
     with pytest.raises(UserError, match="action"):
-        call(monkeypatch, "--import-dqn-replay", tmp_path / "logs", "--env", "breakout")
+        call(collect.main, "--import-dqn-replay", tmp_path / "logs", "--env", "breakout")
     assert not [p for p in home.rglob("*") if p.is_file()]
 
 
 @pytest.mark.parametrize("env", ["walker2d", "pong"])
-def test_a_file_of_another_task_is_refused(tmp_path, home, monkeypatch, env):
+def test_a_file_of_another_task_is_refused(tmp_path, home, env):
     write_d4rl(tmp_path / "x.hdf5", [5, 3])
     with pytest.raises(UserError, match=env):
-        call(monkeypatch, "--import-d4rl", tmp_path / "x.hdf5", "--env", env)
+        call(collect.main, "--import-d4rl", tmp_path / "x.hdf5", "--env", env)

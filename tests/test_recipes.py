@@ -13,14 +13,9 @@ PATCHES = sorted((ROOT / "docs" / "recipes").glob("*.patch"))
 SHORT = "--steps 3 --eval-every 3 --episodes 1 --episode-limit 5 --log-every 1 --batch 4"
 
 
-def call(folder, *command, code=0):
+def call(folder, *command):
     done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
-    assert done.returncode == code, done.stderr[-3000:]
-
-
-@pytest.fixture(params=PATCHES, ids=lambda path: path.stem)
-def patch(request):
-    return request.param
+    assert done.returncode == 0, done.stderr[-3000:]
 
 
 @pytest.fixture
@@ -33,8 +28,13 @@ def copy(tmp_path):
     return tmp_path
 
 
+@pytest.mark.parametrize("patch", PATCHES, ids=lambda path: path.stem)
 def test_a_recipe_trains(patch, copy):
-    """Its page's commands run on a copy with its patch; the runs are cut to three steps."""
+    """It is small, and applies; its page's commands then run, cut to three steps."""
+    changed = [
+        x for x in patch.read_text().splitlines() if x[0] in "+-" and x[1:3] not in ("++", "--")
+    ]
+    assert 0 < len(changed) <= 15
     call(copy, "git", "apply", patch)
     page = patch.with_suffix(".md").read_text().splitlines()
     commands = [shlex.split(line)[1:] for line in page if line.startswith("    python ")]
@@ -44,25 +44,6 @@ def test_a_recipe_trains(patch, copy):
         call(copy, sys.executable, *words, *([] if "experiments.collect" in words else trains))
     rows = [json.loads(line) for line in (copy / "runs/run/log.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows] == [1, 2, 3, 3]
-
-
-def test_a_recipe_notices_that_its_code_has_changed(patch, copy):
-    """It changes few lines; and a change to any line beside those makes the patch fail."""
-    changed, path, beside = 0, None, []
-    for line in patch.read_text().splitlines():
-        if line.startswith("+++ "):
-            path = copy / line.removeprefix("+++ b/")
-        elif line[0] in "+-" and not line.startswith("---"):
-            changed += 1
-        if line[0] in " -" and line[1:].strip() and not line.startswith("---"):
-            beside.append((path, line[1:]))
-    assert 0 < changed <= (25 if patch.stem == "as-published" else 15)
-    call(copy, "git", "apply", "--check", patch)
-    for path, line in beside:
-        text = path.read_text()
-        path.write_text(text.replace(f"{line}\n", f"{line}  # changed\n"))
-        call(copy, "git", "apply", "--check", patch, code=1)
-        path.write_text(text)
 
 
 def test_as_published_leaves_out_the_best_episode_and_positions(copy):

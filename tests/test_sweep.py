@@ -89,10 +89,13 @@ def test_a_stopped_sweep_goes_on_and_a_finished_one_is_left_alone(tmp_path):
             call(sweep.main, *words[:-1], other, "--method", "dt")
 
 
-def test_a_failed_run_is_told_while_the_others_go_on(tmp_path):
+def test_a_failed_run_is_told_while_the_others_go_on(tmp_path, capsys):
     # baselines learn no text, so bc does not know this flag
     words = ["--method", "dt,bc", "--mode", "delayed", "--flags", f"{SHORT} --lm-length 32"]
-    out, _ = finish(start("-m", "experiments.sweep", *HOPPER, "--out", tmp_path, *words), 1)
+    with pytest.raises(SystemExit) as ended:
+        call(sweep.main, *HOPPER, "--out", tmp_path, *words)
+    assert ended.value.code == 1
+    out = capsys.readouterr().out.partition("failed: ")[2]
     dt, bc = (name_of(hopper(method) | {"mode": "delayed"}) for method in ("dt", "bc"))
     assert (tmp_path / dt / "result.json").exists()
     assert json.loads((tmp_path / dt / "config.json").read_text())["settings"]["mode"] == "delayed"

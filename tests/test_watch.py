@@ -11,17 +11,18 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from runs import SHORT, call
+from transformers import GPT2Config, GPT2Model
 
 import train
 from evaluate import rollout
 from experiments import watch
-from model import GPT, GPTConfig
+from load_gpt2 import load_gpt2
 from utils import UserError
 
 av = pytest.importorskip("av")
 SETTINGS = {"context": 4, "scale": 1000.0, "mode": "normal", "dtype": "fp32", "episode_limit": 12}
 STATS = torch.zeros(11), torch.ones(11)
-TINY = GPTConfig(n_layer=2, n_head=4, n_embd=32, vocab_size=50, block_size=32, dropout=0.0)
 
 
 @pytest.fixture
@@ -84,17 +85,12 @@ def test_a_film_shows_what_the_environment_draws(hopper, gl, tmp_path):
         assert (np.abs(middle - last).mean() < 1.5) == (i == early)  # what has ended stands still
 
 
-def test_the_command_draws_what_a_checkpoint_does(tmp_path, monkeypatch):
-    flags = "--env reacher2d --steps 2 --eval-every 2 --episodes 1 --episode-limit 8 --batch 4"
-    flags += f" --lm-coef 0 --device cpu --out {tmp_path} --name run"
-    monkeypatch.setattr("sys.argv", ["train.py", *flags.split()])
-    train.main()
-    flags = f"{tmp_path}/run/best.pt --attention {tmp_path}/out.png --device cpu --at"
-    monkeypatch.setattr("sys.argv", ["watch", *flags.split(), "100"])
+def test_the_command_draws_what_a_checkpoint_does(tmp_path):
+    call(train.main, *SHORT, "--steps", 2, "--lm-coef", 0, "--out", tmp_path, "--name", "run")
+    words = [tmp_path / "run/best.pt", "--attention", tmp_path / "out.png", "--at"]
     with pytest.raises(UserError, match="--at"):
-        watch.main()
-    monkeypatch.setattr("sys.argv", ["watch", *flags.split(), "2"])
-    watch.main()
+        call(watch.main, *words, 10_000)
+    call(watch.main, *words, 2)
     picture = np.asarray(Image.open(tmp_path / "out.png").convert("RGB"))
     assert picture.shape[1] > 150 * 4.5  # inches
     assert picture.min() < 100 < 250 < picture.max()
@@ -103,22 +99,14 @@ def test_the_command_draws_what_a_checkpoint_does(tmp_path, monkeypatch):
 # --- attention -----------------------------------------------------------------------------------
 
 
-def test_attention_is_that_of_transformers():
-    transformers = pytest.importorskip("transformers")
-    config = transformers.GPT2Config(
-        vocab_size=50, n_positions=32, n_embd=32, n_layer=2, n_head=4, attn_implementation="eager"
-    )
-    theirs = transformers.GPT2Model(config).eval()
+def test_attention_is_that_of_transformers(tmp_path):
+    sizes = dict(vocab_size=50, n_positions=32, n_embd=32, n_layer=2, n_head=4)
+    theirs = GPT2Model(GPT2Config(**sizes, attn_implementation="eager")).eval()
+    for parameter in theirs.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    theirs.save_pretrained(tmp_path)
     torch.nn.init.zeros_(theirs.wpe.weight)  # trajectories have no positions
-    ours = GPT(TINY).eval()
-    for name, parameter in ours.named_parameters():
-        if name not in ("wte.weight", "wpe.weight"):
-            torch.nn.init.normal_(parameter, std=0.3)
-            value = parameter.data.T if "c_" in name and parameter.dim() == 2 else parameter.data
-            theirs.get_parameter(name).data.copy_(value)
     x = torch.randn(1, 12, 32)
     expected = theirs(inputs_embeds=x, output_attentions=True).attentions  # (1, H, T, T) a layer
-    found = watch.attention_weights(ours, x)
-    assert found.shape == (2, 4, 12, 12)
-    for layer in range(2):
-        torch.testing.assert_close(found[layer], expected[layer][0], atol=1e-5, rtol=1e-4)
+    found = watch.attention_weights(load_gpt2(str(tmp_path)).eval(), x)
+    torch.testing.assert_close(found, torch.cat(expected), atol=1e-5, rtol=1e-4)
