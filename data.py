@@ -105,7 +105,7 @@ def download_dataset(name, local):
             if not is_dataset(local / name):  # by another process, just now
                 fetch(what, f"{remote}/{group}", [f"{rest}/*".lstrip("/")], "dataset", aside, how)
                 os.replace(aside / rest, local / name)
-                shutil.rmtree(aside, ignore_errors=True)  # gone already if its name has no /
+                shutil.rmtree(aside, ignore_errors=True)  # moved already if its name has no /
         lock.unlink(missing_ok=True)
     except OSError as error:
         raise UserError(f"cannot write {local / name}: {error.strerror}") from error
@@ -302,7 +302,7 @@ def get_encoding(vocab_size):
 def find_text(corpus=None, fallback=True):
     """The text to learn language from: (Path, a line that says what was taken and why). corpus: a
     file, "wikitext" (WikiText-103), "english" (the manual pages every Python has), or None:
-    WikiText-103 if it can be had, else, with fallback (not for GPT-2), "english"."""
+    wikitext if cached or downloadable, else, with fallback (not for GPT-2), english."""
     if corpus not in (None, "wikitext", "english"):
         return Path(corpus), f"{corpus}, as asked"
     path, why = cache_folder() / "wikitext-103-train.txt", None

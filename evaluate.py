@@ -208,11 +208,10 @@ def main():
     for name in ("lm", "targets", "episodes", "episode_limit", "sample"):
         if getattr(args, name) is not None:
             config[name] = getattr(args, name)
-    device, c = choose_device(args.device), train.Config(**config)
-    train.check_ranges(c)
-    if not c.targets or args.seed < 0:
-        raise UserError("--targets takes one return at least, and --seed must be 0 or more")
+    if args.seed < 0:
+        raise UserError(f"--seed is {args.seed}, but must be 0 or more")
     model, environment = train.load_policy(args.checkpoint, checkpoint)
+    device, c = choose_device(args.device), train.Config(**config)
     model.to(device)
     if args.prompt is not None:
         before = train.build_model(c, environment)[0].to(device)

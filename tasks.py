@@ -35,7 +35,7 @@ QUALITIES = ("simple", "medium", "expert")  # of Minari's MuJoCo datasets
 
 @dataclass(frozen=True)
 class Task:
-    minari: str = ""  # dataset's Minari id, {quality} to be filled in; none: --dataset's
+    minari: str = ""  # dataset's Minari id, {quality} is filled in; "": only --dataset's
     env_id: str | None = None  # Gymnasium id (package:id); None: what the dataset was recorded in
     env_kwargs: dict = field(default_factory=dict)  # for gymnasium.make, where no dataset says them
     evaluated: dict = field(default_factory=dict)  # for gymnasium.make, whatever a dataset says

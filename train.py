@@ -181,8 +181,6 @@ def choose_settings(c, notes):
     world = int(os.environ.get("WORLD_SIZE", 1))  # torchrun's
     if c.batch % world or (c.lm_coef and c.lm_batch % world):
         raise UserError(f"--batch and --lm-batch must be multiples of the {world} processes")
-    if c.targets == []:
-        raise UserError("--targets takes one return at least")
     if c.quality != "medium" and (c.dataset or "{quality}" not in task.minari):
         raise UserError(f"--quality does not apply: {c.env} has one dataset, or --dataset names it")
     if c.deterministic:
@@ -192,11 +190,13 @@ def choose_settings(c, notes):
 
 
 def check_ranges(c):
-    """Raise UserError for a number that is out of its range."""
+    """Raise UserError for a setting that is out of its range."""
     for words, fits, names in RANGES:
         for name in names.split():
             if (x := getattr(c, name, None)) is not None and not fits(x):
                 raise UserError(f"--{name.replace('_', '-')} is {x:g}, but must be {words}")
+    if getattr(c, "targets", None) == []:
+        raise UserError("--targets takes one return at least")
 
 
 def choose_dtype(device):
@@ -288,7 +288,7 @@ def load_policy(path, checkpoint):
     """The LaMo and the Environment of what read_checkpoint read at `path`, on the CPU. Raises
     UserError if they do not fit, or if the language model underneath is another one."""
     with reading(path, "a checkpoint of this code"):
-        c = Config(**checkpoint["settings"])
+        check_ranges(c := Config(**checkpoint["settings"]))
         c.pretrained &= c.train != "all"  # a checkpoint of "all" holds every weight
         environment = unpack(checkpoint["environment"])
         model, base = build_model(c, environment)
@@ -356,7 +356,7 @@ def open_log(c, folder, run):
         import wandb
 
         where = {"project": os.environ.get("WANDB_PROJECT", "lamo"), "dir": folder}
-        id = "-".join(folder.absolute().parts[-2:])  # sweeps into two folders repeat names
+        id = "-".join(folder.resolve().parts[-2:])  # two sweeps' folders may have the same runs
         wandb.init(**where, id=id, resume="allow", config=vars(c))
 
     def log(row):

@@ -164,6 +164,7 @@ def evaluate(c):
     checkpoint, device = read_checkpoint(c.evaluate, FORMAT), choose_device(c.device)
     with reading(c.evaluate, "a checkpoint of experiments.baselines"):
         vars(c).update(checkpoint["settings"] | given)
+        train.check_ranges(c)
         environment = unpack(checkpoint["environment"])
         actor = Actor(make_learner(*environment.sizes(), c).policy)
         actor.load_state_dict(checkpoint["model"])

@@ -284,7 +284,7 @@ def import_dqn_replay(folder, name, task, about):
                 if not 0 <= part[1].min() <= part[1].max() < env.action_space.n:
                     raise UserError(f"{files[1]} has actions that {name} has not")
                 cuts = np.flatnonzero(part[3]) + 1
-                # what stands before each terminal, and what is left after the last: 4 arrays each
+                # pieces that end with a terminal, then what follows the last: 4 arrays each
                 *ended, rest = zip(*(np.split(x, cuts) for x in part), strict=True)
                 for piece in ended:
                     whole = [np.concatenate(x) for x in zip(*kept, piece, strict=True)]

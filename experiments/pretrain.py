@@ -135,7 +135,7 @@ def main():
         raise UserError(f"--batch {c.batch} cannot be shared by {world} processes")
     out, state_path = Path(c.out), Path(c.out).with_suffix(".state.pt")
     if state_path.exists() and not saved:
-        raise UserError(f"{state_path} can go on: --resume it, or delete it to begin anew")
+        raise UserError(f"{state_path} is unfinished: --resume it, or delete it to begin anew")
     encoding = get_encoding(c.vocab_size)
     both = [np.concatenate([tokenise(p, encoding) for p in paths]) for paths in (c.text, c.heldout)]
     tokens, heldout = both

@@ -125,8 +125,8 @@ def read_runs(paths):
 
 def name_runs(runs):
     """Give each run its name: the method, and the settings in which it differs from the most
-    typical run of its row and method, the one whose values are the commonest over all runs. Its
-    language model is compared with the row's commonest. An older run has no value for a newer
+    typical run of its row and method, the one whose values are the commonest over all runs. A
+    run's language model is compared with the row's commonest. An older run has no value for a newer
     setting; that is no difference.
     """
     common = Counter(item for run in runs for item in run.settings.items())

@@ -57,7 +57,7 @@ class Config:
     method: str | None = None  # methods of train.py, and bc, td3bc, iql, cql, bcq, nfq
     ratio: str | None = None  # shares of the dataset; None: 1
     seed: str | None = None  # None: 0,1,2
-    lm: str | None = None  # language models, or paths of weights
+    lm: str | None = None  # language models, or paths of weights; dt and baselines have none
     mode: str | None = None  # normal, delayed; None: normal
     flags: str = ""  # more flags for each run, in quotes: --flags "--steps 500"
     out: str = "runs"  # where the runs' folders are
@@ -141,11 +141,13 @@ def runs_of(args):
         raise UserError(f"name a study ({', '.join(STUDIES)}), or a grid: --env NAME,NAME ..")
     if not runs:
         raise UserError(f"no run of {args.study} is left by these flags")
+    without = ("dt", *ALGORITHMS)  # a language model; dt has its own shape
+    if "lm" in asked and all(run["method"] in without for run in runs):
+        raise UserError("--lm is for LaMo and its ablations; no method of this grid has one")
     by_name = {}
     for run in runs:
         run = run | {"env": find_task(run["env"])[0]}  # as it is written in tasks.py
-        if run["method"] in ("dt", *ALGORITHMS):
-            run["lm"] = None  # these have none
+        run["lm"] = None if run["method"] in without else run["lm"]
         choose("method", run["method"], [*METHODS, *ALGORITHMS])
         choose("mode", run["mode"], ["normal", "delayed"])
         if by_name.setdefault(name_of(run), run) != run:

@@ -210,8 +210,8 @@ def main():
     checkpoint = read_checkpoint(args.checkpoint)
     given = {name: getattr(args, name) for name in ("lm", "targets", "episode_limit")}
     checkpoint["settings"] |= {name: x for name, x in given.items() if x is not None}
-    device, c = choose_device(args.device), Config(**checkpoint["settings"])
     model, environment = load_policy(args.checkpoint, checkpoint)
+    device, c = choose_device(args.device), Config(**checkpoint["settings"])
     if args.attention and "c_attn" not in model.gpt.lora_targets:
         raise UserError("--attention draws GPT-2s only, and this is a LLaMA; --gif draws both")
     stats = checkpoint["obs_mean"].to(device), checkpoint["obs_std"].to(device)

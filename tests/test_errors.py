@@ -101,7 +101,7 @@ def test_train_refuses(error_of, flags):
 def test_a_batch_that_the_processes_cannot_share(error_of, monkeypatch, flag):
     """Nothing is trained on a batch of another size than was asked for."""
     monkeypatch.setenv("WORLD_SIZE", "2")  # torchrun's
-    assert flag in error_of(train.main, "--ratio", 0.01, flag, 3)
+    assert "2 processes" in error_of(train.main, *SHORT, flag, 3)
 
 
 @pytest.fixture(scope="module")
@@ -130,8 +130,9 @@ def test_evaluate_refuses(error_of, files):
     assert "absent.pt" in error_of(evaluate.main, "absent.pt")
     assert "--device" in error_of(evaluate.main, ckpt, "--device", "cuda")
     assert "absent.txt" in error_of(evaluate.main, ckpt, "--prompt", "x", "--corpus", "absent.txt")
-    for wrong in (["--episodes", "many"], ["--episodes", -1], ["--episode-limit", -5]):
-        assert "--episode" in error_of(evaluate.main, ckpt, *wrong)
+    assert "--episode" in error_of(evaluate.main, ckpt, "--episodes", "many")
+    assert "--episodes is -1" in error_of(evaluate.main, ckpt, "--episodes", -1)
+    assert "--episode-limit is -5" in error_of(evaluate.main, ckpt, "--episode-limit", -5)
     assert "required" in error_of(evaluate.main)
     Path("one.pt").write_text("1")
     assert "one.pt" in error_of(evaluate.main, "one.pt")
@@ -214,5 +215,5 @@ def test_a_damaged_file_is_refused_in_one_line_or_read(name, files, data):
         signal.signal(signal.SIGALRM, before)
         path.write_bytes(sound)
     assert "\n" not in said
-    # what is shorter is refused; but tokens have no end that one could miss
+    # what is shorter is refused; but a cut file of tokens is just a shorter text
     assert said or kind in ("flip", "swap") or "tokens" in name

@@ -40,13 +40,12 @@ def test_a_study_is_made_of_runs_that_exist(study):
     assert {run["seed"] for run in STUDIES[study]} >= {0, 1, 2}
 
 
-def test_a_language_model_is_of_methods_that_have_one(tmp_path, capsys):
-    words = ["--method", "lamo,dt,bc", "--lm", "mini,smollm2", "--out", tmp_path, "--dry-run"]
-    with pytest.raises(SystemExit):
-        call(sweep.main, *HOPPER, *words, "--flags", "--no-such-flag")
-    out = capsys.readouterr().out
-    assert all(out.count(f" hopper-{name}-s0 ") == 1 for name in ("dt-0.01", "bc-0.01"))
-    assert all(out.count(f" hopper-lamo-0.01-{lm}-s0 ") == 1 for lm in ("mini", "smollm2"))
+def test_a_language_model_is_of_methods_that_have_one():
+    c = sweep.Config(env="hopper", ratio="1", seed="0", method="lamo,dt,bc", lm="mini,smollm2")
+    names = [name_of(run).removeprefix("hopper-") for run in sweep.runs_of(c)]
+    assert sorted(names) == ["bc-1-s0", "dt-1-s0", "lamo-1-mini-s0", "lamo-1-smollm2-s0"]
+    with pytest.raises(UserError, match="--lm"):
+        sweep.runs_of(sweep.Config(env="hopper", method="dt,bc", lm="mini"))
 
 
 def test_a_step_is_timed_without_the_first_ones(tmp_path):
