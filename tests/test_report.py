@@ -251,7 +251,7 @@ def test_docs_have_the_tables_of_the_packed_studies():
     assert {line for line in made if line.startswith("|")} <= set(docs.splitlines())
 
 
-@pytest.mark.parametrize("study", ["scarce"])
+@pytest.mark.parametrize("study", ["scarce", "real"])
 def test_docs_have_every_seed_of_a_study(study):
     docs, paper = (ROOT / "docs/results.md").read_text().splitlines(), report.read_paper()
     for row, here in read_study(study).items():
@@ -263,7 +263,7 @@ def test_docs_have_every_seed_of_a_study(study):
             assert f"| {' | '.join([*texts, mean, theirs])} |" in docs
 
 
-@pytest.mark.parametrize("study", ["scarce"])
+@pytest.mark.parametrize("study", ["scarce", "real"])
 def test_docs_have_the_action_errors_of_a_study(study):
     rows, errors = json.loads((ROOT / f"results/{study}-fit.json").read_text()), {}
     for row in rows:
