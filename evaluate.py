@@ -161,13 +161,13 @@ def final_result(evaluations, steps):
 @dataclass
 class Arguments:
     checkpoint: tyro.conf.Positional[str]  # ckpt.pt or best.pt of a run
-    targets: list[float] | None = None  # target returns (default: the run's)
-    episodes: int | None = None  # for each target (default: the run's)
-    episode_limit: int | None = None  # cut episodes here; 0 does not (default: the run's)
-    sample: bool | None = None  # draw choices, or take the likeliest (default: as the run)
+    targets: list[float] | None = None  # target returns (None: the run's)
+    episodes: int | None = None  # for each target (None: the run's)
+    episode_limit: int | None = None  # cut episodes here; 0 does not (None: the run's)
+    sample: bool | None = None  # draw choices, or take the likeliest (None: as the run)
     seed: int = SEED  # environment seed of the first episode
-    lm: str | None = None  # where the language model's weights are (default: as in training)
-    device: str | None = None  # cuda or cpu (default: cuda if there is one)
+    lm: str | None = None  # where the language model's weights are (None: as in training)
+    device: str | None = None  # cuda or cpu (None: cuda if there is one)
     json: bool = False  # print one JSON object instead of a table
     prompt: str | None = None  # do not act but continue this text, before and after training
     tokens: int = 100  # with --prompt: how many to add

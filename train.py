@@ -101,7 +101,7 @@ class Config:
     device: str | None = None  # cuda or cpu; None: cuda if there is one
     dtype: Literal["bf16", "fp32"] | None = None  # autocast's; None: bf16 where the device has it
     compile: bool | None = None  # torch.compile the step, on CUDA as a graph; None: on CUDA
-    deterministic: bool = False  # the same bits in each run on CUDA, slower; on a CPU they are
+    deterministic: bool = False  # the same bits in each run on CUDA, too, but slower
     log_every: int = 100  # steps averaged into a row of the log
     out: str = "runs"  # a folder for this run is made in here
     name: str | None = None  # of that folder; None: task, method, ratio, seed and time

@@ -66,7 +66,7 @@ class Arguments:
     only: list[Literal["step", "act", "evaluate", "growth"]] = field(
         default_factory=lambda: ["step", "act", "evaluate"]
     )  # what to measure; growth is of the first of the models
-    device: str | None = None  # cuda or cpu (default: cuda if there is one)
+    device: str | None = None  # cuda or cpu (None: cuda if there is one)
     json: str | None = None  # write the rows to this file, too
     plot: str | None = None  # draw growth to this PNG file; needs matplotlib
 

@@ -31,6 +31,8 @@ def drawing(path, height, panels=1, columns=1, width=COLUMN, legend=0, **more):
         axes = figure.subplots(-(-panels // columns), columns, squeeze=False, **more).flat
         for axis in axes[panels:]:
             axis.set_axis_off()
+        for axis in axes[max(0, panels - columns) : panels]:  # where sharex hides it, below is none
+            axis.tick_params(labelbottom=True)
         yield figure, axes[:panels]
         if legend:
             figure.legend(loc="outside lower center", ncols=2, frameon=False)

@@ -27,7 +27,7 @@ BATCH = 256  # windows at a time
 class Arguments:
     runs: tyro.conf.Positional[list[str]]  # run folders, or checkpoints
     batches: int = 16  # of 256 windows, of each part
-    device: str | None = None  # cuda or cpu (default: cuda if there is one)
+    device: str | None = None  # cuda or cpu (None: cuda if there is one)
     json: str | None = None  # write the rows to this file, too
 
 

@@ -23,6 +23,7 @@ import tempfile
 import time
 from contextlib import redirect_stderr
 from dataclasses import dataclass
+from datetime import timedelta
 from functools import partial
 from itertools import product
 from pathlib import Path
@@ -52,7 +53,7 @@ OTHER_LMS = ("assets/mini-lm-early.safetensors", "assets/mini-lm-random-corpus.s
 
 @dataclass
 class Config:
-    study: tyro.conf.Positional[str | None] = None  # a row of STUDIES; the next six pick a part
+    study: tyro.conf.Positional[str | None] = None  # a study; the next six pick a part of it
     env: str | None = None  # tasks, between commas
     method: str | None = None  # methods of train.py, and bc, td3bc, iql, cql, bcq, nfq
     ratio: str | None = None  # shares of the dataset; None: 1
@@ -261,10 +262,11 @@ def estimate(runs, out, flags, workers, threads):
             steps, seconds = known[key]
         failing += [] if seconds else [run]
         left = (steps - done) * seconds
-        total += left / workers / 3600
+        total += left / workers
         what = f"{steps - done:7} steps {left / 60:6.1f} min" if seconds else "fails"
         print(f"{state_of(run, out):12} {name_of(run):45} {what}")
-    print(f"{len(runs)} run(s), {workers} at a time: {total:.1f} h without evaluations")
+    how_long = timedelta(seconds=round(total))
+    print(f"{len(runs)} run(s), {workers} at a time: {how_long} without evaluations")
     return failing
 
 

@@ -30,14 +30,14 @@ from utils import UserError, choose_device, reason, run_command, write_atomicall
 class Arguments:
     checkpoint: tyro.conf.Positional[str]  # ckpt.pt or best.pt of a run
     video: str | None = None  # film an episode under each target (.mp4)
-    gif: str | None = None  # the same, smaller and slower
+    gif: str | None = None  # the same, smaller and with fewer frames
     attention: str | None = None  # draw what an action attends to, under the first target (.png)
-    at: int | None = None  # with --attention: that action's step (default: the first full context)
-    targets: list[float] | None = None  # target returns (default: the run's)
-    episode_limit: int | None = None  # cut episodes here; 0 does not (default: the run's)
+    at: int | None = None  # with --attention: that action's step (None: the first full context)
+    targets: list[float] | None = None  # target returns (None: the run's)
+    episode_limit: int | None = None  # cut episodes here; 0 does not (None: the run's)
     seed: int = SEED  # environment seed of the episode
-    lm: str | None = None  # where the language model's weights are (default: as in training)
-    device: str | None = None  # cuda or cpu (default: cuda if there is one)
+    lm: str | None = None  # where the language model's weights are (None: as in training)
+    device: str | None = None  # cuda or cpu (None: cuda if there is one)
 
 
 VIDEO_RATE = 30  # frames a second at most; faster environments show every second, third, .. step
@@ -156,7 +156,7 @@ def film(play, environment, targets, video=None, gif=None):
         raise UserError(f"{environment.spec.id} cannot be drawn: {reason(error)}") from error
     for sink in sinks:
         sink.save()
-        print(f"wrote {sink.path}: every {sink.every}. step, of {fps:g} a second")
+        print(f"wrote {sink.path}: one frame in {sink.every} steps, {fps:g} steps a second")
     return results
 
 
@@ -197,7 +197,7 @@ def draw_attention(path, gpt, x, at):
     under = [str(s) if i % 3 == 1 and s % every == 0 else "" for i, s in enumerate(steps)]
     axes[-1].set_xticks(range(n), [f"{'Rsa'[i % 3]}\n{under[i]}" for i in range(n)], fontsize=7)
     axes[-1].set_xlabel("return-to-go R, state s, action a; below, the environment's step")
-    figure.suptitle(f"attention of the action at step {at}", fontsize=9)
+    figure.suptitle(f"attention of the action token of step {at}", fontsize=9)
     figure.colorbar(drawn, ax=axes, aspect=30, shrink=0.9).set_label("attention weight", fontsize=8)
     write_atomically(path, partial(figure.savefig, format="png", dpi=150))
     print(f"wrote {path}: {layers} layers, {heads} heads, steps {steps[0]} to {at}")
