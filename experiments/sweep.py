@@ -144,7 +144,7 @@ def runs_of(args):
         raise UserError(f"no run of {args.study} is left by these flags")
     without = ("dt", *ALGORITHMS)  # a language model; dt has its own shape
     if "lm" in asked and all(run["method"] in without for run in runs):
-        raise UserError("--lm is for LaMo and its ablations; no method of this grid has one")
+        raise UserError("no method of this grid has a language model; leave out --lm")
     by_name = {}
     for run in runs:
         run = run | {"env": find_task(run["env"])[0]}  # as it is written in tasks.py

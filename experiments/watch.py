@@ -31,7 +31,7 @@ class Arguments:
     checkpoint: tyro.conf.Positional[str]  # ckpt.pt or best.pt of a run
     video: str | None = None  # film an episode under each target (.mp4)
     gif: str | None = None  # the same, smaller and with fewer frames
-    attention: str | None = None  # draw what an action attends to, under the first target (.png)
+    attention: str | None = None  # what an action token attends to, under the first target (.png)
     at: int | None = None  # with --attention: that action's step (None: the first full context)
     targets: list[float] | None = None  # target returns (None: the run's)
     episode_limit: int | None = None  # cut episodes here; 0 does not (None: the run's)
